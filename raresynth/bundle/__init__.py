@@ -1,0 +1,1 @@
+"""The bundle: what was approved, and how to use it without torch."""

@@ -1,0 +1,1 @@
+"""Classifier arms: training, evaluation, the release gate."""

@@ -1,0 +1,238 @@
+"""Every knob, once: one typed model a stage, read from a params file.
+
+`params.yaml` at the top of the repository holds the defaults' only other copy, the one that people
+edit; `tests/test_config.py` keeps the two equal. An unknown or out-of-range knob is an error that names it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raresynth.errors import ParamsError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Resolution = Literal[32, 64, 128, 256]
+
+
+class Config(BaseModel):
+    """Base of all sections: frozen, and unknown knobs are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ComputeConfig(Config):
+    """Where and how the heavy stages run. None of it changes what a stage is asked to do."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = 0
+    """CPU threads a training process uses; 0 takes all cores."""
+    parallel_tasks: PositiveCount = 1
+    """Iterations of a ParallelFor that run at once; fixed when the pipeline is compiled."""
+    checkpoint_every_s: Positive = 30.0
+    """Seconds between training checkpoints; a killed run loses at most this much work."""
+
+
+class SplitShares(Config):
+    train: Share = 0.7
+    val: Share = 0.15
+    test: Share = 0.15
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> "SplitShares":
+        if abs(self.train + self.val + self.test - 1.0) > 1e-6 or min(self.train, self.val, self.test) <= 0:
+            raise ValueError("train, val and test must each be above 0 and add up to 1")
+        return self
+
+
+class CsvColumns(Config):
+    """How to read a folder of images with a CSV file."""
+
+    file: str
+    """CSV path, relative to the data folder."""
+    image: str
+    """Column with the image's path or name (extension optional)."""
+    label: str
+    group: str | None = None
+    label_separator: str | None = None
+    images_dir: str = "."
+
+
+class DatasetConfig(Config):
+    layout: Literal["auto", "ham10000", "isic", "folders", "csv"] = "auto"
+    csv: CsvColumns | None = None
+    """Needed by layout `csv` only."""
+    splits: SplitShares = SplitShares()
+
+    @model_validator(mode="after")
+    def _csv_named(self) -> "DatasetConfig":
+        if self.layout == "csv" and self.csv is None:
+            raise ValueError("layout csv needs the section dataset.csv with file, image and label")
+        return self
+
+
+class ValidationConfig(Config):
+    min_side: PositiveCount = 32
+    max_side: PositiveCount = 10_000
+    min_images: PositiveCount = 20
+    """A class with fewer usable images is dropped by name."""
+    min_images_per_split: PositiveCount = 2
+    near_duplicate_bits: Count = 6
+    """Two images of different groups whose 256-bit perceptual hashes differ in at most this many bits are near duplicates."""
+
+
+class EncoderConfig(Config):
+    resolution: Resolution = 32
+    width: PositiveCount = 32
+    steps: PositiveCount = 600
+    batch_size: Annotated[int, Field(ge=8)] = 128
+    learning_rate: Positive = 1e-3
+    dimensions: PositiveCount = 64
+    """Principal components kept of the frozen features."""
+
+
+class GanConfig(Config):
+    """The generative adversarial network; knobs left at null take the preset's value."""
+
+    preset: Literal["stgan-lite", "dcgan-base"] = "stgan-lite"
+    resolution: Resolution = 64
+    latent_dim: PositiveCount = 128
+    width: PositiveCount = 32
+    """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
+    batch_size: PositiveCount = 32
+    learning_rate: Positive = 2e-4
+    betas: tuple[Share, Share] = (0.5, 0.999)
+    pretrain_kimg: Positive = 60.0
+    finetune_kimg: Positive = 8.0
+    ema_half_life_kimg: Positive = 2.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of the networks' arithmetic; losses, penalties and weights are always fp32."""
+    barlow_alpha: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight of the Barlow Twins loss in fine-tuning (equation 4); 0 switches it off."""
+    barlow_lambda: Positive = 5e-3
+    generator_conv: Literal["depthwise", "dense"] | None = None
+    discriminator: Literal["patch", "scalar"] | None = None
+    barlow: Literal["pooled", "full"] | None = None
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
+    noise_std: Annotated[float, Field(ge=0.0)] | None = None
+    freeze_d: Count | None = None
+    """Discriminator blocks frozen while fine-tuning, counted from the image side."""
+    wrap_batches: bool | None = None
+    """Fill a last, short batch from the next epoch; without it the batch stays short."""
+    memory_limit_mb: PositiveCount = 2048
+    """Largest cross-correlation matrix that the full Barlow loss may hold."""
+
+
+class BalanceConfig(Config):
+    """How many images to synthesise for each class."""
+
+    policy: Literal["max", "min_share", "fixed", "ratio"] = "max"
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """min_share: each class becomes at least this part of the balanced train split."""
+    count: PositiveCount = 500
+    """fixed: this many for each class below the largest."""
+    ratio: Positive = 1.0
+    """ratio: this many synthetic images for each real one, for each class below the largest."""
+    max_per_class: Count = 0
+    """Upper limit on the images of one class; 0 sets none."""
+
+
+class SynthesisConfig(Config):
+    seed: Count = 0
+
+
+class QualityConfig(Config):
+    min_held_out: PositiveCount = 50
+    """With fewer held-out reals a class is measured against train + val reals."""
+    max_images: PositiveCount = 2000
+    """Most images a side that enter a figure."""
+    real_splits: PositiveCount = 20
+    """Random real-real splits behind a floor."""
+    inception: str = "none"
+    """pytorch-fid's Inception weights: auto, none, or the path of a local file."""
+
+
+class GateConfig(Config):
+    """Limits of the class gate; calibrated in tests/test_gate.py, see docs in quality/gate.py."""
+
+    fd_ratio: Positive = 0.35
+    kid_ratio: Positive = 0.25
+    coverage_ratio: Share = 0.7
+    c_t: float = -3.0
+    near_copy_share: Share = 0.03
+
+
+class ClassifierConfig(Config):
+    model: str = "resnet18"
+    """Any timm model name."""
+    weights: str = "scratch"
+    """pretrained (as timm fetches them), scratch, or the path of a local safetensors file."""
+    resolution: Annotated[int, Field(ge=32)] = 64
+    steps: PositiveCount = 800
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    learning_rate: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    arms: tuple[
+        Literal["real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic"], ...
+    ] = ("real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic")
+
+    @model_validator(mode="after")
+    def _has_real_arm(self) -> "ClassifierConfig":
+        if not any(arm != "real+synthetic" for arm in self.arms) or len(set(self.arms)) != len(self.arms):
+            raise ValueError("classifier.arms must be distinct and hold at least one arm trained on real images only")
+        return self
+
+
+class ReleaseConfig(Config):
+    """Rule of the release gate: the paired difference real+synthetic minus the best real arm."""
+
+    metric: Literal["balanced_accuracy", "accuracy", "macro_f1", "macro_auc"] = "balanced_accuracy"
+    min_difference: float = 0.0
+    """The lower 95 % bound of the difference must be above this."""
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 10_000
+
+
+class Params(Config):
+    """All sections of a params file."""
+
+    seed: Count = 0
+    compute: ComputeConfig = ComputeConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    validation: ValidationConfig = ValidationConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    gan: GanConfig = GanConfig()
+    balance: BalanceConfig = BalanceConfig()
+    synthesis: SynthesisConfig = SynthesisConfig()
+    quality: QualityConfig = QualityConfig()
+    gate: GateConfig = GateConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    release: ReleaseConfig = ReleaseConfig()
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params file; sections and knobs left out take their defaults.
+
+    Raises:
+        ParamsError: the file is missing, no YAML, or holds an unknown or impossible knob.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(f"cannot read the params file {path}: {error.strerror}; name an existing file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct that line") from error
+    if raw is not None and not isinstance(raw, dict):
+        raise ParamsError(f"{path} must hold sections such as 'gan:' with knobs below them")
+    try:
+        return Params.model_validate(raw or {})
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc']) or 'params'}: {item['msg']}"
+            + ("" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})")
+            for item in error.errors()
+        )
+        raise ParamsError(f"{path}: {problems}; see params.yaml for the knobs and their ranges") from error

@@ -1,0 +1,1 @@
+"""Images and their manifest: importers, splits, validation, packed pixels."""

@@ -1,0 +1,1 @@
+"""Generators: networks, losses, training, sampling."""

@@ -1,0 +1,1 @@
+"""Judging synthetic images: encoder, distances, copying, the class gate."""
