@@ -111,8 +111,10 @@ class GanConfig(Config):
     ema_half_life_kimg: Positive = 2.0
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the networks' arithmetic; losses, penalties and weights are always fp32."""
+    augmentation: Literal["none", "paper", "dermoscopy"] = "paper"
+    """What the discriminator sees images through: the seed paper's policy, or one with quarter turns and shifts."""
     barlow_alpha: Annotated[float, Field(ge=0.0)] | None = None
-    """Weight of the Barlow Twins loss in fine-tuning (equation 4); 0 switches it off."""
+    """Weight of the Barlow Twins loss per feature in fine-tuning (equation 4); 0 switches it off."""
     barlow_lambda: Positive = 5e-3
     generator_conv: Literal["depthwise", "dense"] | None = None
     discriminator: Literal["patch", "scalar"] | None = None
@@ -176,6 +178,11 @@ class ClassifierConfig(Config):
     batch_size: Annotated[int, Field(ge=2)] = 64
     learning_rate: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of the training steps' arithmetic; weights, losses and predictions are always fp32."""
+    synthetic_share: Share = 0.5
+    """Part of a class's draws that real+synthetic takes from its synthetic images, where it has any."""
     arms: tuple[
         Literal["real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic"], ...
     ] = ("real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic")

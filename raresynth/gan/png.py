@@ -1,0 +1,39 @@
+"""Synthetic images as files: the one rule from network output to pixels, and PNG that names its origin. Knows no torch."""
+
+import json
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a synthetic image comes from."""
+
+    generator: str
+    """SHA-256 of the generator's weights."""
+    label: str
+    seed: int
+    index: int
+
+
+def to_pixels(output: npt.NDArray[np.float32]) -> Pixels:
+    """Network output (n, 3, R, R) in [-1, 1] as uint8 (n, R, R, 3), rounded to nearest; clipped to 0-255."""
+    levels = np.clip(np.rint((output + np.float32(1.0)) * np.float32(127.5)), 0, 255)
+    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
+def encode_png(pixels: Pixels, provenance: Provenance) -> bytes:
+    """One image (R, R, 3) as PNG with text chunks: generator, label, seed, index and `synthetic`: true."""
+    text = PngInfo()
+    for key, value in {**vars(provenance), "synthetic": True}.items():
+        text.add_text(key, value if isinstance(value, str) else json.dumps(value))
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=text, compress_level=1)
+    return buffer.getvalue()
