@@ -11,11 +11,11 @@ from raresynth.lineage import write_text
 SPLITS = ("train", "val", "test")
 COLUMNS = ("image_id", "path", "label", "group", "split", "sha256", "width", "height")
 """First columns of every manifest; metadata columns of the source follow them."""
-TEXT_COLUMNS = ("image_id", "path", "label", "group", "split", "sha256")
+NUMBER_COLUMNS = ("width", "height")
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
-    """Read a manifest; identifiers stay text ("007" is not 7).
+    """Read a manifest; all but width and height is text ("007" is not 7), empty cells are NaN.
 
     Raises:
         DataError: the file is missing or lacks a column.
@@ -28,10 +28,20 @@ def read_manifest(path: Path) -> pd.DataFrame:
     missing = [column for column in COLUMNS if column not in header]
     if missing:
         raise DataError(f"{path} is no manifest: column {missing[0]!r} is missing; run build-manifest again")
-    return pd.read_csv(StringIO(text), dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values=[""])
+    dtypes = {column: int if column in NUMBER_COLUMNS else str for column in header}
+    return pd.read_csv(StringIO(text), dtype=dtypes, keep_default_na=False, na_values=[""])
 
 
 def write_manifest(path: Path, manifest: pd.DataFrame) -> None:
     """Write a manifest as CSV, its standard columns first."""
     extra = [column for column in manifest.columns if column not in COLUMNS]
     write_text(path, manifest[[*COLUMNS, *extra]].to_csv(index=False, lineterminator="\n"))
+
+
+def count_classes(manifest: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Number of images of each class in each split."""
+    counts = manifest.groupby(["label", "split"]).size()
+    return {
+        str(label): {split: int(counts.get((label, split), 0)) for split in SPLITS}
+        for label in sorted(manifest["label"].unique())
+    }
