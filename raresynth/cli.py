@@ -1,0 +1,151 @@
+"""The command line: one command a stage, the whole run, and what people do with its bundle."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from raresynth import flow
+from raresynth.config import load_params
+from raresynth.errors import DataError, ParamsError, RaresynthError
+
+EXIT_USER_ERROR = 2
+
+_HELP = {
+    "build-manifest": "list the images, their labels and groups, and split them",
+    "validate": "check every image and its metadata, quarantine what is bad",
+    "train-encoder": "train the encoder that every measurement uses",
+    "pretrain": "train the universal generator on all train images",
+    "finetune": "fine-tune a generator for each class that needs images",
+    "synthesize": "make the images that balance the train split",
+    "measure": "measure each class's synthetic images",
+    "gate": "decide for each class whether its images may be used",
+    "train-classifier": "train one classifier an arm, at equal steps",
+    "evaluate": "score the arms on the real test split and decide on the release",
+    "package": "bundle the accepted generators and the approved classifier",
+    "report": "write the page that a person reads",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2: an error that the user can cure)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except RaresynthError as error:
+        print(f"raresynth: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("raresynth: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raresynth",
+        description="Synthetic images for rare classes: made, measured, judged, and used only where they help.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="the whole flow, as the KFP pipeline, on this machine")
+    run.add_argument("--data", type=Path, required=True, help="folder of images")
+    run.add_argument("--params", type=Path, required=True, help="params file, such as params/smoke.yaml")
+    run.add_argument("--out", type=Path, required=True, help="folder of the run; started again, it goes on")
+    run.set_defaults(command=_run)
+
+    for name, stage in flow.STAGES.items():
+        one = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
+        one.add_argument("--data", type=Path, help="folder of images (default: that of the run's last stage)")
+        one.add_argument("--params", type=Path, help="params file (default: that of the run's last stage)")
+        one.add_argument("--out", type=Path, required=True, help="folder of the run")
+        if stage.each is not None:
+            one.add_argument(f"--{stage.each}", dest="item", help=f"only this {stage.each} (default: all)")
+        one.set_defaults(command=_stage, stage=name, item=None)
+
+    export = commands.add_parser("export-dataset", help="write the balanced set as folders by label, with hashes")
+    export.add_argument("--out", type=Path, required=True, help="folder of the run")
+    export.add_argument("--to", type=Path, required=True, help="new folder for the balanced set")
+    export.set_defaults(command=_export_dataset)
+
+    predict = commands.add_parser("predict", help="classify a folder of images with a bundle")
+    predict.add_argument("--bundle", type=Path, required=True)
+    predict.add_argument("--images", type=Path, required=True, help="folder, searched with its subfolders")
+    predict.add_argument("--out", type=Path, required=True, help="CSV file to write")
+    predict.set_defaults(command=_predict)
+
+    generate = commands.add_parser("generate", help="synthesise images of one class with a bundle")
+    generate.add_argument("--bundle", type=Path, required=True)
+    generate.add_argument("--label", required=True)
+    generate.add_argument("--n", type=int, required=True, help="number of images")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--out", type=Path, required=True, help="new folder for the images and their manifest")
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    _open_run(arguments.data, arguments.params, arguments.out)
+    # The library does not know kfp: the pipeline takes this process over.
+    module = [sys.executable, "-m", "pipelines.run", *map(str, (arguments.data, arguments.params, arguments.out))]
+    sys.stdout.flush()
+    os.execv(sys.executable, module)  # noqa: S606
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    run = _open_run(arguments.data, arguments.params, arguments.out)
+    known = flow.items(run, flow.STAGES[arguments.stage].each)
+    if arguments.item is not None and arguments.item not in known:
+        raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; choose from {', '.join(known)}")
+    for item in [arguments.item] if arguments.item is not None else known:
+        record = flow.execute(arguments.stage, run, item)
+        name = arguments.stage if item == flow.ALL else f"{arguments.stage} {item}"
+        print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
+    if not known:
+        print(f"{arguments.stage}: nothing to do, no class needs synthetic images")
+
+
+def _open_run(data: Path | None, params: Path | None, store: Path) -> flow.Run:
+    """The run in folder `store`; data and params left out are those it had last."""
+    log = store / "run.json"
+    known = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
+    data = data or (store / known["data"] if "data" in known else None)
+    params = params or (store / known["params"] if "params" in known else None)
+    if data is None or params is None:
+        raise ParamsError(f"{store} holds no run yet; name its images with --data and its params with --params")
+    if not data.is_dir():
+        raise DataError(f"the data folder {data} does not exist; name the folder that holds the images")
+    run = flow.Run(data, store, load_params(params))
+    flow.note_start(run, params)
+    return run
+
+
+def _export_dataset(arguments: argparse.Namespace) -> None:
+    from raresynth.dataset.export import export_dataset
+
+    run = _open_run(None, None, arguments.out)
+    manifest = run.store / flow.STAGES["validate"].place / "manifest.csv"
+    accepted = run.store / flow.STAGES["gate"].place / "accepted.csv"
+    export_dataset(run.data_dir, manifest, accepted, run.store / "synthetic", arguments.to)
+    print(f"balanced set -> {arguments.to}")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from raresynth.bundle.predictor import predict_folder
+
+    n, failed = predict_folder(arguments.bundle, arguments.images, arguments.out)
+    print(f"{n} images, {failed} of them not decodable -> {arguments.out}")
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from raresynth.bundle.sampler import generate_folder
+
+    generate_folder(arguments.bundle, arguments.label, arguments.n, arguments.seed, arguments.out)
+    print(f"{arguments.n} synthetic images of {arguments.label} -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

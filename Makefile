@@ -1,0 +1,33 @@
+# Each target is one line of what it calls. PYTHON is the interpreter that makes the environment.
+PYTHON ?= python3
+BIN := .venv/bin
+export DVC_NO_ANALYTICS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test slow check lock
+
+demo: .venv/ready
+	@dvc pull --quiet && dvc repro && $(BIN)/python -m raresynth.report.summary runs/demo
+
+test: .venv/ready
+	@$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/ready
+	@$(BIN)/python -m pytest -m slow
+
+check: .venv/ready
+	@ruff check . && ruff format --check . && mypy && lint-imports
+
+# The environment: everything from the lock, each file checked against its hash.
+.venv/ready: requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raresynth needs Python 3.11 or later: make PYTHON=python3.11 demo")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# New locks after a change of dependencies; needs uv.
+lock:
+	@for extra in train serve cluster; do $(UV_COMPILE) --extra $$extra --output-file requirements/$$extra.txt; done
+	@$(UV_COMPILE) --all-extras --output-file requirements/dev.txt
+UV_COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header

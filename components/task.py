@@ -1,0 +1,66 @@
+"""What a component does at run time: one call into the flow, errors as one sentence."""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from raresynth import flow
+from raresynth.config import Params
+from raresynth.errors import RaresynthError
+
+PARENT_PID = "RARESYNTH_PARENT_PID"
+CONSOLE = "RARESYNTH_CONSOLE"
+ERROR_FILE = "RARESYNTH_ERROR_FILE"
+
+
+def open_run(data: str, params: str, store: str) -> flow.Run:
+    """The run that a pipeline's parameters describe; `params` is JSON."""
+    return flow.Run(Path(data), Path(store), Params.model_validate_json(params))
+
+
+def run(
+    stage: str, data: str, params: str, store: str, record: str, given: Mapping[str, str], item: str = flow.ALL
+) -> flow.Run:
+    """Run one stage and hand its record on as an artifact.
+
+    Args:
+        record: path of the artifact that gets the stage's record.
+        given: upstream stage -> path of its record artifact.
+
+    Raises:
+        SystemExit: the user can cure what went wrong; the sentence has been printed.
+    """
+    _attach_to_parent()
+    opened = open_run(data, params, store)
+    try:
+        flow.execute(stage, opened, item, {name: Path(path) for name, path in given.items()})
+    except RaresynthError as error:
+        print(f"raresynth: {error}", file=sys.stderr, flush=True)
+        if ERROR_FILE in os.environ:
+            Path(os.environ[ERROR_FILE]).write_text(str(error), encoding="utf-8")
+        raise SystemExit(2) from None
+    Path(record).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(flow.record_path(opened.store, stage, item), record)
+    return opened
+
+
+def _attach_to_parent() -> None:
+    """Under the local runner: report on the user's console, and end when the runner is killed."""
+    if CONSOLE in os.environ:
+        # Line by line into the same terminal, pipe or file, past kfp's own log.
+        sys.stderr = Path(os.environ[CONSOLE]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    if PARENT_PID in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT_PID]),), daemon=True).start()
+
+
+def _end_with(pid: int) -> None:
+    while True:
+        time.sleep(0.5)
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            os._exit(1)

@@ -1,0 +1,83 @@
+"""Run the augmentation pipeline on this machine: `python -m pipelines.run DATA PARAMS OUT`."""
+
+import contextlib
+import fcntl
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from raresynth.report.summary import summarize
+
+from components import task
+from raresynth.config import load_params
+from raresynth.errors import RaresynthError
+
+
+def main() -> int:
+    """Run the pipeline; returns the exit code."""
+    data, params_path, store = map(Path, sys.argv[1:4])
+    params = load_params(params_path)
+    try:
+        with _only_run_of(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
+            error = _run_pipeline(data.resolve(), params.model_dump_json(), store.resolve(), Path(scratch))
+    except RaresynthError as refused:
+        error = str(refused)
+    if error is not None:
+        print(f"raresynth: {error}", file=sys.stderr)
+        return 2
+    print(summarize(store))
+    return 0
+
+
+def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | None:
+    """Run all tasks as subprocesses; returns the sentence for an error that the user can cure."""
+    from kfp import local
+
+    from pipelines.augmentation import build
+    from raresynth.config import Params
+
+    error_file, log = scratch / "error", scratch / "kfp.log"
+    os.environ |= {task.PARENT_PID: str(os.getpid()), task.ERROR_FILE: str(error_file), task.CONSOLE: _console()}
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(scratch / "artifacts"))
+    pipeline = build(Params.model_validate_json(params).compute.parallel_tasks)
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            with _quiet(file):
+                pipeline(data=str(data), params=params, store=str(store))
+        except Exception as failure:
+            if error_file.exists():
+                return error_file.read_text(encoding="utf-8")
+            file.flush()
+            print(log.read_text(encoding="utf-8"), file=sys.stderr)
+            raise RuntimeError("a task of the pipeline failed; its log stands above") from failure
+    return None
+
+
+@contextlib.contextmanager
+def _only_run_of(store: Path) -> Iterator[None]:
+    store.mkdir(parents=True, exist_ok=True)
+    with (store / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def _quiet(log: IO[str]) -> Iterator[None]:
+    """Send kfp's own output to a file; the tasks report on the console themselves."""
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+
+
+def _console() -> str:
+    """The file behind this process's stderr, for the tasks to write to."""
+    return os.ttyname(2) if os.isatty(2) else f"/proc/{os.getpid()}/fd/2"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

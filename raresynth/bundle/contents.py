@@ -1,0 +1,87 @@
+"""What a bundle holds, and how it is opened: every file is checked against bundle.json. Knows no torch."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from raresynth.errors import CheckpointError
+from raresynth.lineage import Report, read_report, sha256_file
+
+
+class Classifier(Report):
+    """The approved classifier."""
+
+    arm: str
+    model: str
+    """Name of the timm model."""
+    resolution: int
+    """Side of the square input in pixels."""
+    preprocessing: str
+    temperature: float
+    """Logits are divided by it before the softmax."""
+    pooled_linear_head: bool
+    """Whether class activation maps can be computed from the graph's feature map."""
+    weights_sha256: str
+
+
+class Generator(Report):
+    """One accepted generator."""
+
+    resolution: int
+    latent_dim: int
+    weights_sha256: str
+
+
+class Lineage(Report):
+    """Where everything in the bundle comes from."""
+
+    commit: str | None
+    """Commit of the code; null outside git."""
+    dirty: bool | None
+    """Whether the code's tracked files differed from that commit."""
+    data_md5: str
+    """`.dir` hash of the image folder, as `dvc add` gives it."""
+    manifest_sha256: str
+    validation_sha256: str
+    encoder_sha256: str
+    params: dict[str, Any]
+    parents: dict[str, str]
+    """Stage and item -> SHA-256 of what it left."""
+
+
+class Bundle(Report):
+    """bundle.json."""
+
+    format: Literal[1] = 1
+    labels: list[str]
+    classifier: Classifier
+    generators: dict[str, Generator]
+    no_generators: str
+    """Why the bundle holds no generator; empty where it holds one."""
+    decisions: dict[str, Any]
+    """The run's decisions.json."""
+    lineage: Lineage
+    files: dict[str, str]
+    """File, relative to the bundle -> SHA-256; all files but bundle.json."""
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read bundle.json and check every file that it names.
+
+    Raises:
+        CheckpointError: this is no bundle, or a file in it is missing or was changed.
+    """
+    path = folder / "bundle.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no bundle (it has no bundle.json); name the folder bundle/ of a run")
+    bundle = read_report(path, Bundle)
+    for name, digest in bundle.files.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            raise CheckpointError(f"{folder / name} is missing or was changed; run the stage package again")
+    return bundle
+
+
+def read_reference(folder: Path) -> dict[str, Any]:
+    """reference.json: what the classifier's inputs and outputs look like on the data it was made from."""
+    reference: dict[str, Any] = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+    return reference

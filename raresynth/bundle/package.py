@@ -1,0 +1,149 @@
+"""The bundle: accepted generators, the approved classifier, and where they come from."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raresynth import lineage
+from raresynth.bundle.contents import Bundle, Classifier, Generator, Lineage
+from raresynth.bundle.onnx_export import export_onnx
+from raresynth.bundle.predictor import Predictor
+from raresynth.bundle.reference import build_reference
+from raresynth.classifier import network
+from raresynth.config import Params
+from raresynth.dataset.images import PREPROCESSING, load_images
+from raresynth.dataset.manifest import read_manifest
+from raresynth.gan.latents import CHUNK, latents
+from raresynth.gan.sampling import load_generator
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the bundle is made from; folders of finished stages.
+
+    Attributes:
+        generator_dirs: label -> checkpoint of its generator, accepted or not.
+        classifier_dirs: arm -> checkpoint.
+        decisions: the run's decisions.json.
+        parents: stage and item -> SHA-256 of what it left.
+    """
+
+    data_dir: Path
+    manifest: Path
+    validation_dir: Path
+    encoder_dir: Path
+    generator_dirs: Mapping[str, Path]
+    classifier_dirs: Mapping[str, Path]
+    decisions: Path
+    packed_dir: Path
+    parents: Mapping[str, str]
+
+
+def package(sources: Sources, out_dir: Path, params: Params) -> Bundle:
+    """Write the bundle as a new folder.
+
+    Raises:
+        CheckpointError: a checkpoint was changed, or an exported graph differs from its network.
+    """
+    decisions = json.loads(sources.decisions.read_text(encoding="utf-8"))
+    accepted = [label for label, entry in decisions["classes"].items() if entry["decision"] == "accepted"]
+    arm = decisions["release"]["arm"]
+    with lineage.new_dir(out_dir) as folder:
+        generators = {
+            label: _add_generator(sources.generator_dirs[label], folder / "generators" / label) for label in accepted
+        }
+        labels, classifier = _add_classifier(sources.classifier_dirs[arm], arm, folder / "classifier")
+        bundle = Bundle(
+            labels=labels,
+            classifier=classifier,
+            generators=generators,
+            no_generators="" if accepted else _why_none(decisions["classes"]),
+            decisions=decisions,
+            lineage=_lineage(sources, params),
+            files=_hashes(folder),
+        )
+        lineage.write_report(folder / "bundle.json", bundle)
+        lineage.write_json(folder / "reference.json", _reference(sources, folder, classifier.resolution))
+        bundle = bundle.model_copy(update={"files": _hashes(folder)})
+        lineage.write_report(folder / "bundle.json", bundle)
+    return bundle
+
+
+def _add_generator(source: Path, folder: Path) -> Generator:
+    generator, meta = load_generator(source, "cpu")
+    folder.mkdir(parents=True)
+    example = torch.from_numpy(latents(0, 0, CHUNK, generator.latent_dim))
+    export_onnx(generator, example, "latents", ["images"], folder / "model.onnx")
+    _copy_checkpoint(source, folder)
+    return Generator(
+        resolution=meta["architecture"]["resolution"],
+        latent_dim=generator.latent_dim,
+        weights_sha256=meta["weights_sha256"],
+    )
+
+
+def _add_classifier(source: Path, arm: str, folder: Path) -> tuple[list[str], Classifier]:
+    classifier, meta = network.load(source)
+    folder.mkdir(parents=True)
+    resolution = int(meta["resolution"])
+    example = torch.linspace(-1, 1, 4 * 3 * resolution**2).reshape(4, 3, resolution, resolution)
+    graph = network.WithFeatureMap(classifier).eval()
+    export_onnx(graph, example, "images", ["logits", "features"], folder / "model.onnx")
+    _copy_checkpoint(source, folder)
+    return meta["labels"], Classifier(
+        arm=arm,
+        model=meta["model"],
+        resolution=resolution,
+        preprocessing=PREPROCESSING,
+        temperature=meta["temperature"],
+        pooled_linear_head=meta["pooled_linear_head"],
+        weights_sha256=meta["weights_sha256"],
+    )
+
+
+def _copy_checkpoint(source: Path, folder: Path) -> None:
+    for name in ("weights.safetensors", "meta.json"):
+        shutil.copyfile(source / name, folder / name)
+
+
+def _reference(sources: Sources, folder: Path, resolution: int) -> dict[str, Any]:
+    manifest = read_manifest(sources.manifest)
+    images = load_images(manifest, sources.data_dir, resolution, sources.packed_dir)
+    train, val = (np.flatnonzero(manifest["split"] == split) for split in ("train", "val"))
+    labels = manifest["label"].iloc[train].tolist()
+    return build_reference(Predictor(folder), images[train], labels, images[val])
+
+
+def _lineage(sources: Sources, params: Params) -> Lineage:
+    commit, dirty = lineage.git_state(lineage.PACKAGE_DIR)
+    return Lineage(
+        commit=commit,
+        dirty=dirty,
+        data_md5=lineage.dvc_dir_md5(sources.data_dir),
+        manifest_sha256=lineage.sha256_file(sources.manifest),
+        validation_sha256=lineage.sha256_file(sources.validation_dir / "report.json"),
+        encoder_sha256=lineage.sha256_file(sources.encoder_dir / "weights.safetensors"),
+        params=params.model_dump(mode="json"),
+        parents=dict(sources.parents),
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): lineage.sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "bundle.json"
+    }
+
+
+def _why_none(classes: Mapping[str, Any]) -> str:
+    if not classes:
+        return "no class needed synthetic images"
+    reasons = [f"{label} {entry['decision']}: {'; '.join(entry['reasons'])}" for label, entry in classes.items()]
+    return "no generator was accepted. " + " | ".join(reasons)

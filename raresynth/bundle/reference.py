@@ -1,0 +1,74 @@
+"""What a classifier's inputs and outputs look like on its own data: the yardstick for drift and strangeness."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raresynth.bundle.predictor import BATCH, Predictor
+from raresynth.dataset.images import Pixels
+
+BINS = 20
+Floats = npt.NDArray[np.float64]
+
+
+def input_statistics(images: Pixels) -> dict[str, Floats]:
+    """Brightness, contrast and mean of each colour channel, in [0, 1], of uint8 images (n, R, R, 3)."""
+    values = images.astype(np.float32) / np.float32(255.0)
+    grey = values.mean(axis=3)
+    channels = values.mean(axis=(1, 2))
+    statistics = {"brightness": grey.mean(axis=(1, 2)), "contrast": grey.std(axis=(1, 2))}
+    return {name: np.asarray(s, np.float64) for name, s in statistics.items()} | {
+        name: np.asarray(channels[:, i], np.float64) for i, name in enumerate(("red", "green", "blue"))
+    }
+
+
+def pooled(features: npt.NDArray[np.float32]) -> Floats:
+    """A feature map (n, channels, height, width) or tokens (n, tokens, channels) as one vector an image."""
+    axes = {4: (2, 3), 3: (1,)}.get(features.ndim, ())
+    return np.asarray(features.mean(axis=axes) if axes else features, np.float64)
+
+
+def strangeness(features: Floats, mean: Floats, precision: Floats) -> Floats:
+    """Squared Mahalanobis distance of feature vectors (n, d) to the train images' mean (Lee et al., 2018)."""
+    centred = features - mean
+    return np.asarray(np.einsum("nd,de,ne->n", centred, precision, centred))
+
+
+def build_reference(predictor: Predictor, train: Pixels, train_labels: list[str], val: Pixels) -> dict[str, Any]:
+    """reference.json of a bundle.
+
+    Args:
+        train: uint8 (n, R, R, 3), the real train images at the classifier's resolution.
+        val: likewise, images that the classifier has not learned from.
+    """
+    from sklearn.covariance import LedoitWolf
+
+    train_features = np.concatenate([pooled(predictor.predict(chunk).features) for chunk in _chunks(train)])
+    val_predictions = [predictor.predict(chunk) for chunk in _chunks(val)]
+    val_features = np.concatenate([pooled(prediction.features) for prediction in val_predictions])
+    confidence = np.concatenate([prediction.probabilities for prediction in val_predictions]).max(axis=1)
+    fit = LedoitWolf().fit(train_features)
+    mean, precision = fit.location_.round(6), fit.precision_.round(6)
+    scores = strangeness(val_features, mean, precision)
+    labels = predictor.bundle.labels
+    return {
+        "n_train": len(train),
+        "n_val": len(val),
+        "class_priors": {label: train_labels.count(label) / len(train_labels) for label in labels},
+        "confidence": _histogram(confidence),
+        "inputs": {name: _histogram(values) for name, values in input_statistics(np.asarray(train)).items()},
+        "features": {"mean": mean.tolist(), "precision": precision.tolist()},
+        "strangeness": {f"q{q}": round(float(np.quantile(scores, q / 100)), 6) for q in (50, 95, 99)},
+    }
+
+
+def _chunks(images: Pixels) -> Iterator[Pixels]:
+    for first in range(0, len(images), BATCH):
+        yield np.asarray(images[first : first + BATCH])
+
+
+def _histogram(values: Floats) -> dict[str, Any]:
+    counts, edges = np.histogram(values, bins=BINS, range=(0.0, 1.0))
+    return {"edges": edges.round(6).tolist(), "counts": counts.tolist()}

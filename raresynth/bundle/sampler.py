@@ -1,0 +1,93 @@
+"""Synthetic images from a bundle, with onnxruntime alone: same seed, same bytes."""
+
+import csv
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from raresynth.bundle.contents import Bundle, open_bundle
+from raresynth.dataset.images import Pixels
+from raresynth.errors import CheckpointError, ParamsError
+from raresynth.gan.latents import CHUNK, aligned_chunks, latents
+from raresynth.gan.png import Provenance, encode_png, to_pixels
+from raresynth.lineage import new_dir, write_text
+from raresynth.progress import progress
+
+
+class Sampler:
+    """One accepted generator of a bundle."""
+
+    def __init__(self, folder: Path, label: str, bundle: Bundle | None = None) -> None:
+        """Open a generator.
+
+        Args:
+            bundle: the opened bundle, where it has been checked already.
+
+        Raises:
+            CheckpointError: this is no bundle, a file in it was changed, or it has no generator for the label.
+        """
+        bundle = bundle or open_bundle(folder)
+        if label not in bundle.generators:
+            raise CheckpointError(_no_generator(bundle, label))
+        self.label = label
+        self.generator = bundle.generators[label]
+        self._session = onnxruntime.InferenceSession(str(folder / "generators" / label / "model.onnx"))
+
+    def generate(self, seed: int, first: int, n: int) -> Pixels:
+        """Images first .. first + n - 1 of a seed; uint8 (n, R, R, 3). Image i depends on the seed and i alone."""
+        return np.concatenate(
+            [to_pixels(self._chunk(seed, start))[rows] for start, rows in aligned_chunks(range(first, first + n))]
+        )
+
+    def _chunk(self, seed: int, start: int) -> "np.typing.NDArray[np.float32]":
+        inputs = {"latents": latents(seed, start, CHUNK, self.generator.latent_dim)}
+        output: np.typing.NDArray[np.float32] = self._session.run(None, inputs)[0]
+        return output
+
+    def png(self, pixels: Pixels, seed: int, index: int) -> bytes:
+        """One image (R, R, 3) as PNG with its provenance."""
+        return encode_png(pixels, Provenance(self.generator.weights_sha256, self.label, seed, index))
+
+
+def generate_folder(bundle: Path, label: str, n: int, seed: int, out: Path) -> None:
+    """Write images 0 .. n - 1 of a seed as PNG files beside manifest.csv; `out` appears when all is written.
+
+    Raises:
+        CheckpointError: `bundle` is no bundle, was changed, or has no generator for the label.
+        ParamsError: `n` or `seed` is out of range, or `out` is already there.
+    """
+    if n < 1 or seed < 0:
+        raise ParamsError(f"--n must be at least 1 and --seed at least 0 (got {n} and {seed})")
+    if out.exists():
+        raise ParamsError(f"{out} is already there; name a new folder with --out")
+    sampler = Sampler(bundle, label)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image_id", "path", "label", "generator", "seed", "index", "sha256", "width", "height"])
+    with new_dir(out) as folder, progress(f"generate {label}", n, "images") as advance:
+        for first in range(0, n, CHUNK):
+            for offset, pixels in enumerate(sampler.generate(seed, first, min(CHUNK, n - first))):
+                index = first + offset
+                png, name = sampler.png(pixels, seed, index), f"{index:06d}.png"
+                (folder / name).write_bytes(png)
+                identity = [f"synthetic-{label}-{seed}-{index:06d}", name, label, sampler.generator.weights_sha256]
+                size = [pixels.shape[1], pixels.shape[0]]
+                writer.writerow([*identity, seed, index, hashlib.sha256(png).hexdigest(), *size])
+                advance()
+        write_text(folder / "manifest.csv", text.getvalue())
+
+
+def _no_generator(bundle: Bundle, label: str) -> str:
+    """Why there is no generator for the label, and for which there is one."""
+    decision = bundle.decisions["classes"].get(label)
+    if decision is not None:
+        why = f"its class was {decision['decision']} ({'; '.join(decision['reasons'])})"
+    elif label in bundle.labels:
+        why = "its class needed no synthetic images"
+    else:
+        why = f"the labels are {', '.join(bundle.labels)}"
+    accepted = ", ".join(bundle.generators) or "none"
+    return f"the bundle has no generator for {label!r}: {why}; accepted generators: {accepted}"

@@ -1,0 +1,551 @@
+"""The flow: which stage needs which, where each leaves its result, and when it need not run again.
+
+CLI, DVC stages and KFP components all call `execute`. A stage reads earlier results and writes one new place
+under the run's folder; its record in `stages/` names the SHA-256 of every file it left. A stage whose inputs,
+params and code are those of its record, and whose files are still the same, is finished and not repeated.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raresynth import lineage
+from raresynth.config import Params
+from raresynth.errors import CheckpointError, ParamsError
+
+ALL = "all"
+"""Item of a stage that runs once."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: images in, everything else below `store`."""
+
+    data_dir: Path
+    store: Path
+    params: Params
+
+    @property
+    def packed(self) -> Path:
+        """Cache of decoded pixels."""
+        return self.store / "packed"
+
+
+class Record(lineage.Report):
+    """What a finished stage left behind."""
+
+    stage: str
+    item: str
+    key: str
+    """SHA-256 of inputs, params and code."""
+    inputs: dict[str, str]
+    """Upstream `stage/item` -> SHA-256 of what it left."""
+    status: Literal["done", "failed", "skipped"]
+    reason: str = ""
+    output: str
+    """Folder of the result, relative to the run's folder."""
+    files: dict[str, str]
+    """File, relative to the run's folder -> SHA-256."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that the stage left."""
+        return lineage.sha256_json([self.status, self.reason, self.files])
+
+
+Outcome = tuple[Literal["done", "failed", "skipped"], str]
+DONE: Outcome = ("done", "")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage's function gets: the run, the item, where to write, and the records of what it needs."""
+
+    run: Run
+    item: str
+    out_dir: Path
+    key: str
+    needs: Mapping[str, Mapping[str, Record]]
+
+    def path(self, stage: str, item: str | None = None) -> Path:
+        """Folder in which an upstream stage left its result."""
+        records = self.needs[stage]
+        return self.run.store / records[item or (self.item if self.item in records else ALL)].output
+
+    @property
+    def manifest(self) -> Path:
+        """The validated manifest."""
+        return self.path("validate") / "manifest.csv"
+
+    @property
+    def device(self) -> str:
+        """Where tensors live: "cpu" or "cuda"."""
+        return _device(self.run.params)
+
+
+def _device(params: Params) -> str:
+    import torch
+
+    if params.compute.device == "cuda" and not torch.cuda.is_available():
+        raise ParamsError("compute.device is cuda but no CUDA device is visible; set compute.device to cpu or auto")
+    return "cuda" if params.compute.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _build_manifest(task: Task) -> Outcome:
+    from raresynth.dataset.importers import build_manifest
+
+    build_manifest(task.run.data_dir, task.out_dir, task.run.params.dataset, task.run.params.seed)
+    return DONE
+
+
+def _validate(task: Task) -> Outcome:
+    from raresynth.dataset.expectations import validate
+
+    manifest = task.path("build-manifest") / "manifest.csv"
+    validate(task.run.data_dir, manifest, task.out_dir, task.run.params.validation)
+    return DONE
+
+
+def _train_encoder(task: Task) -> Outcome:
+    from raresynth.quality.encoder import train_encoder
+
+    run, device = task.run, task.device
+    train_encoder(run.data_dir, task.manifest, task.out_dir, run.params.encoder, run.params.seed, device, run.packed)
+    return DONE
+
+
+def _pretrain(task: Task) -> Outcome:
+    from raresynth.gan.training import pretrain
+
+    run = task.run
+    report = pretrain(
+        run.data_dir,
+        task.manifest,
+        task.out_dir,
+        run.params.gan,
+        run.params.seed,
+        task.device,
+        run.packed,
+        run.params.compute.checkpoint_every_s,
+    )
+    return DONE if report.status == "trained" else ("failed", f"universal generator: {report.reason or report.status}")
+
+
+def _finetune(task: Task) -> Outcome:
+    from raresynth.gan.training import finetune
+
+    run = task.run
+    report = finetune(
+        run.data_dir,
+        task.manifest,
+        task.path("pretrain"),
+        task.item,
+        task.out_dir,
+        run.params.gan,
+        run.params.seed,
+        task.device,
+        run.packed,
+        run.params.compute.checkpoint_every_s,
+    )
+    return DONE if report.status == "trained" else ("failed", report.reason or report.status)
+
+
+def _synthesize(task: Task) -> Outcome:
+    from raresynth.dataset.balance import images_to_synthesize
+    from raresynth.dataset.manifest import read_manifest
+    from raresynth.gan.sampling import synthesize
+
+    n = images_to_synthesize(read_manifest(task.manifest), task.run.params.balance)[task.item]
+    synthesize(task.path("finetune"), task.item, n, task.out_dir, task.run.params.synthesis.seed, task.device)
+    return DONE
+
+
+def _measure(task: Task) -> Outcome:
+    from raresynth.quality.measure import measure
+
+    run = task.run
+    measure(
+        run.data_dir,
+        task.manifest,
+        task.path("train-encoder"),
+        task.path("synthesize"),
+        task.item,
+        task.out_dir,
+        run.params.quality,
+        run.params.gate,
+        run.params.seed,
+        run.packed,
+    )
+    return DONE
+
+
+def _gate(task: Task) -> Outcome:
+    from raresynth.quality.gate import gate
+
+    records = task.needs["measure"]
+    gate(
+        {label: task.path("measure", label) for label, record in records.items() if record.status == "done"},
+        {label: record.reason for label, record in records.items() if record.status == "failed"},
+        {label: task.path("synthesize", label) for label, record in records.items() if record.status == "done"},
+        task.out_dir,
+        task.run.params.gate,
+    )
+    return DONE
+
+
+def _train_classifier(task: Task) -> Outcome:
+    from raresynth.classifier.training import train_classifier
+
+    run = task.run
+    report = train_classifier(
+        run.data_dir,
+        task.manifest,
+        task.path("gate") / "accepted.csv",
+        run.store / "synthetic",
+        task.item,
+        task.out_dir,
+        run.params.classifier,
+        run.params.seed,
+        task.device,
+        run.packed,
+        run.params.compute.checkpoint_every_s,
+    )
+    return DONE if report.status == "trained" else ("skipped", report.reason)
+
+
+def _evaluate(task: Task) -> Outcome:
+    from raresynth.classifier.evaluation import evaluate
+
+    run = task.run
+    arms = {arm: task.path("train-classifier", arm) for arm in task.needs["train-classifier"]}
+    report = evaluate(
+        run.data_dir,
+        task.manifest,
+        arms,
+        task.out_dir,
+        run.params.classifier,
+        run.params.release,
+        run.params.seed,
+        task.device,
+        run.packed,
+    )
+    classes = json.loads((task.path("gate") / "decisions.json").read_text(encoding="utf-8"))["classes"]
+    lineage.write_json(
+        run.store / "decisions.json", {"classes": classes, "release": report.release.model_dump(mode="json")}
+    )
+    return DONE
+
+
+def _package(task: Task) -> Outcome:
+    from raresynth.bundle.package import Sources, package
+
+    run = task.run
+    package(
+        Sources(
+            data_dir=run.data_dir,
+            manifest=task.manifest,
+            validation_dir=task.path("validate"),
+            encoder_dir=task.path("train-encoder"),
+            generator_dirs={
+                label: task.path("finetune", label)
+                for label, record in task.needs["finetune"].items()
+                if record.status == "done"
+            },
+            classifier_dirs={
+                arm: task.path("train-classifier", arm)
+                for arm, record in task.needs["train-classifier"].items()
+                if record.status == "done"
+            },
+            decisions=run.store / "decisions.json",
+            packed_dir=run.packed,
+            parents={
+                f"{stage}/{item}": record.digest
+                for stage, records in task.needs.items()
+                for item, record in records.items()
+            },
+        ),
+        task.out_dir,
+        run.params,
+    )
+    return DONE
+
+
+def _report(task: Task) -> Outcome:
+    from raresynth.report.page import render
+
+    render(task.run.store, task.run.data_dir, task.run.params, items(task.run, "label"), task.run.store / "report.html")
+    return DONE
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the flow.
+
+    Attributes:
+        call: runs it; all heavy imports happen inside.
+        needs: upstream stages, all of whose items must be finished.
+        sections: params sections that change its result.
+        code: library parts that change its result.
+        place: where its result lies below the run's folder, with {item} and {key} filled in.
+        each: what it is repeated for.
+        extra: further files it leaves, outside its place.
+    """
+
+    call: Callable[[Task], Outcome]
+    needs: tuple[str, ...]
+    sections: tuple[str, ...]
+    code: tuple[str, ...]
+    place: str
+    each: Literal["label", "arm"] | None = None
+    extra: tuple[str, ...] = ()
+    resumes: bool = field(default=False)
+
+
+_IMAGES = ("dataset/images.py", "dataset/manifest.py", "lineage.py")
+_TRAINING = (*_IMAGES, "training_state.py")
+
+STAGES: dict[str, Stage] = {
+    "build-manifest": Stage(_build_manifest, (), ("seed", "dataset"), ("dataset",), "manifest"),
+    "validate": Stage(_validate, ("build-manifest",), ("validation",), ("dataset",), "validation"),
+    "train-encoder": Stage(
+        _train_encoder,
+        ("validate",),
+        ("seed", "encoder"),
+        (*_TRAINING, "quality/encoder.py"),
+        "checkpoints/train-encoder/{item}/{key}",
+        resumes=True,
+    ),
+    "pretrain": Stage(
+        _pretrain,
+        ("validate",),
+        ("seed", "gan"),
+        (*_TRAINING, "gan"),
+        "checkpoints/pretrain/{item}/{key}",
+        resumes=True,
+    ),
+    "finetune": Stage(
+        _finetune,
+        ("validate", "pretrain"),
+        ("seed", "gan"),
+        (*_TRAINING, "gan"),
+        "checkpoints/finetune/{item}/{key}",
+        each="label",
+        resumes=True,
+    ),
+    "synthesize": Stage(
+        _synthesize,
+        ("validate", "finetune"),
+        ("balance", "synthesis"),
+        (*_IMAGES, "gan", "dataset/balance.py"),
+        "synthetic/{item}",
+        each="label",
+    ),
+    "measure": Stage(
+        _measure,
+        ("validate", "train-encoder", "synthesize"),
+        ("seed", "quality", "gate"),
+        (*_IMAGES, "quality"),
+        "quality/{item}",
+        each="label",
+    ),
+    "gate": Stage(
+        _gate, ("validate", "finetune", "synthesize", "measure"), ("gate",), ("quality", "lineage.py"), "gate"
+    ),
+    "train-classifier": Stage(
+        _train_classifier,
+        ("validate", "gate"),
+        ("seed", "classifier"),
+        (*_TRAINING, "classifier"),
+        "checkpoints/train-classifier/{item}/{key}",
+        each="arm",
+        resumes=True,
+    ),
+    "evaluate": Stage(
+        _evaluate,
+        ("validate", "gate", "train-classifier"),
+        ("seed", "classifier", "release"),
+        (*_IMAGES, "classifier"),
+        "evaluation",
+        extra=("decisions.json",),
+    ),
+    "package": Stage(
+        _package,
+        ("validate", "train-encoder", "finetune", "synthesize", "measure", "gate", "train-classifier", "evaluate"),
+        tuple(Params.model_fields),
+        ("",),
+        "bundle",
+    ),
+    "report": Stage(
+        _report,
+        (
+            "validate",
+            "train-encoder",
+            "pretrain",
+            "finetune",
+            "synthesize",
+            "measure",
+            "gate",
+            "train-classifier",
+            "evaluate",
+            "package",
+        ),
+        tuple(Params.model_fields),
+        ("",),
+        "report",
+        extra=("report.html",),
+    ),
+}
+
+
+def items(run: Run, each: Literal["label", "arm"] | None) -> list[str]:
+    """What a stage is repeated for: the classes to synthesise, the classifier's arms, or once."""
+    if each == "arm":
+        return list(run.params.classifier.arms)
+    if each == "label":
+        from raresynth.dataset.balance import images_to_synthesize
+        from raresynth.dataset.manifest import read_manifest
+
+        manifest = read_manifest(run.store / STAGES["validate"].place / "manifest.csv")
+        return [label for label, n in images_to_synthesize(manifest, run.params.balance).items() if n > 0]
+    return [ALL]
+
+
+def record_path(store: Path, stage: str, item: str = ALL) -> Path:
+    """Where the record of a finished stage lies."""
+    folder = store / "stages"
+    return folder / f"{stage}.json" if STAGES[stage].each is None else folder / stage / f"{item}.json"
+
+
+def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | None = None) -> Record:
+    """Run one stage for one item, unless its finished result is already there.
+
+    Args:
+        given: records handed over by the caller, by stage; others are read from the run's folder.
+
+    Raises:
+        RaresynthError: an input is missing or cannot be used.
+    """
+    spec = STAGES[stage]
+    needs = _upstream(spec, run, item, given or {})
+    inputs = {f"{name}/{of}": record.digest for name, records in needs.items() for of, record in records.items()}
+    params = run.params.model_dump(mode="json", include=set(spec.sections))
+    source = lineage.dvc_dir_md5(run.data_dir) if not spec.needs else ""
+    key = lineage.sha256_json([stage, item, inputs, source, params, lineage.code_hash(*spec.code)])
+    path = record_path(run.store, stage, item)
+    finished = _finished(path, key, run.store)
+    if finished is not None:
+        return finished
+    place = spec.place.format(item=item, key=key[:16])
+    out_dir = run.store / place
+    if out_dir.exists() and not spec.resumes:
+        shutil.rmtree(out_dir)
+    with _logged(run, stage if spec.each is None else f"{stage}/{item}"):
+        status, reason = _broken_input(stage, needs) or spec.call(Task(run, item, out_dir, key, needs))
+    left = [*(p for p in sorted(out_dir.rglob("*")) if p.is_file()), *(run.store / name for name in spec.extra)]
+    record = Record(
+        stage=stage,
+        item=item,
+        key=key,
+        inputs=inputs,
+        status=status,
+        reason=reason,
+        output=place,
+        files={p.relative_to(run.store).as_posix(): lineage.sha256_file(p) for p in left},
+    )
+    lineage.write_report(path, record)
+    return record
+
+
+def execute_all(stage: str, run: Run) -> list[Record]:
+    """Run one stage for all its items, one after the other."""
+    return [execute(stage, run, item) for item in items(run, STAGES[stage].each)]
+
+
+def _upstream(spec: Stage, run: Run, item: str, given: Mapping[str, Path]) -> dict[str, dict[str, Record]]:
+    needs: dict[str, dict[str, Record]] = {}
+    for name in spec.needs:
+        each = STAGES[name].each
+        wanted = [item] if each is not None and each == spec.each else items(run, each)
+        needs[name] = {of: _read_record(given.get(name) or record_path(run.store, name, of), name) for of in wanted}
+    return needs
+
+
+def read_record(store: Path, stage: str, item: str = ALL) -> Record:
+    """The record of a finished stage."""
+    return _read_record(record_path(store, stage, item), stage)
+
+
+def _read_record(path: Path, stage: str) -> Record:
+    if not path.exists():
+        raise CheckpointError(f"stage {stage} has not been run in this folder ({path} is missing); run it first")
+    return lineage.read_report(path, Record)
+
+
+def _finished(path: Path, key: str, store: Path) -> Record | None:
+    try:
+        record = lineage.read_report(path, Record)
+    except CheckpointError:
+        return None
+    if record.key != key:
+        return None
+    same = all(
+        (store / name).is_file() and lineage.sha256_file(store / name) == digest
+        for name, digest in record.files.items()
+    )
+    return record if same else None
+
+
+def _broken_input(stage: str, needs: Mapping[str, Mapping[str, Record]]) -> Outcome | None:
+    """A class whose generator collapsed is carried on as failed; the gate then says why."""
+    if stage not in {"finetune", "synthesize", "measure"}:
+        return None
+    failed = [record for records in needs.values() for record in records.values() if record.status == "failed"]
+    return ("failed", failed[0].reason) if failed else None
+
+
+@contextmanager
+def _logged(run: Run, name: str) -> Iterator[None]:
+    """Note a stage's time and memory in run.json, the only place for what may differ between equal runs."""
+    started = time.time()
+    yield
+    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with edit_run_json(run.store) as log:
+        log.setdefault("stages", {})[name] = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": round(time.time() - started, 2),
+            "peak_memory_mb": round(peak_kb / 1024),
+        }
+
+
+@contextmanager
+def edit_run_json(store: Path) -> Iterator[dict[str, Any]]:
+    """Read run.json, and write it back changed; processes take turns."""
+    store.mkdir(parents=True, exist_ok=True)
+    path = store / "run.json"
+    with (store / ".run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        log = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"run_id": str(uuid.uuid4())}
+        yield log
+        lineage.write_json(path, log)
+
+
+def note_start(run: Run, params_path: Path) -> None:
+    """Note in run.json which data and params this run has, and on what machine."""
+    with edit_run_json(run.store) as log:
+        log["data"] = os.path.relpath(run.data_dir, run.store)
+        log["params"] = os.path.relpath(params_path, run.store)
+        log["machine"] = {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
