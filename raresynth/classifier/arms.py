@@ -1,0 +1,103 @@
+"""What tells the arms apart: which images a step draws, how they are augmented, what a mistake costs.
+
+Everything else (network, steps, schedule, initial weights) is the same for all arms. A draw is a function of
+(seed, step) alone, so training resumes anywhere without stored random state.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training a classifier on imbalanced classes."""
+
+    balanced: bool = False
+    """Draw every class equally often instead of every image."""
+    weighted: bool = False
+    """Weight the loss of an image by the inverse frequency of its class."""
+    strong: bool = False
+    """Augment strongly."""
+    synthetic: bool = False
+    """Add the accepted synthetic images."""
+
+
+ARMS = {
+    "real": Arm(),
+    "real+strong-augmentation": Arm(strong=True),
+    "real+weights": Arm(weighted=True),
+    "real+balanced-sampling": Arm(balanced=True),
+    "real+synthetic": Arm(balanced=True, synthetic=True),
+}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Training images as the sampler sees them."""
+
+    targets: Indices
+    """Class index of each image, shape (N,)."""
+    synthetic: npt.NDArray[np.bool_]
+    """Whether each image is synthetic, shape (N,)."""
+    classes: int
+
+    def members(self, target: int, synthetic: bool) -> Indices:
+        """Positions of one class's real or synthetic images."""
+        return np.flatnonzero((self.targets == target) & (self.synthetic == synthetic))
+
+
+def draw(pool: Pool, arm: Arm, batch_size: int, synthetic_share: float, seed: int, step: int) -> Indices:
+    """Positions in the pool of one training batch, shape (batch_size,).
+
+    Without balancing, the stream of batches is shuffled epoch after shuffled epoch. With it, classes take turns,
+    so that each is drawn equally often, and each class's images come in shuffled epochs of their own. Where a
+    class has synthetic images, they take `synthetic_share` of its turns.
+    """
+    start = step * batch_size
+    if not arm.balanced:
+        return _shuffled(len(pool.targets), (seed, 0), start, start + batch_size)
+    batch = np.empty(batch_size, np.int64)
+    positions = np.arange(start, start + batch_size)
+    for target in range(pool.classes):
+        mine = positions % pool.classes == target
+        if mine.any():
+            turns = positions[mine] // pool.classes
+            batch[mine] = _take_turns(pool, target, synthetic_share, seed, turns)
+    return batch
+
+
+def _take_turns(pool: Pool, target: int, synthetic_share: float, seed: int, turns: Indices) -> Indices:
+    real, synthetic = pool.members(target, False), pool.members(target, True)
+    share = synthetic_share if len(synthetic) else 0.0
+    if not len(real):
+        share = 1.0
+    # Of the first t turns floor(t * share) are synthetic, so the turn's number says which image of which kind is due.
+    before, after = np.floor(turns * share).astype(np.int64), np.floor((turns + 1) * share).astype(np.int64)
+    is_synthetic = after > before
+    images = np.empty(len(turns), np.int64)
+    for kind, members, chosen, index in (
+        (1, real, ~is_synthetic, turns - before),
+        (2, synthetic, is_synthetic, before),
+    ):
+        if chosen.any():
+            due = index[chosen]
+            images[chosen] = members[_shuffled(len(members), (seed, kind, target), int(due[0]), int(due[-1]) + 1)]
+    return images
+
+
+def _shuffled(n: int, seed: tuple[int, ...], start: int, stop: int) -> Indices:
+    """Elements start..stop of an endless sequence of shuffled epochs of range(n)."""
+    epochs = range(start // n, (stop - 1) // n + 1)
+    sequence = np.concatenate([np.random.default_rng((*seed, epoch)).permutation(n) for epoch in epochs])
+    return sequence[start - epochs[0] * n :][: stop - start]
+
+
+def class_weights(pool: Pool) -> npt.NDArray[np.float64]:
+    """Loss weight of each class: inverse frequency, N / (C n_c); 1 for all where classes are balanced."""
+    counts = np.bincount(pool.targets, minlength=pool.classes)
+    weights: npt.NDArray[np.float64] = len(pool.targets) / (pool.classes * np.maximum(counts, 1))
+    return weights
