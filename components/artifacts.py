@@ -25,11 +25,10 @@ def log_evaluation(run: flow.Run, metrics: dsl.Metrics, classification: dsl.Clas
     """Figures of the released arm on the test split; returns the arm's name."""
     record = flow.read_record(run.store, "evaluate")
     report = json.loads((run.store / record.output / "report.json").read_text(encoding="utf-8"))
-    arm = report["release"]["arm"]
-    test = report["arms"][arm]["test"]
-    _log_numbers(metrics, "", test)
-    classification.log_confusion_matrix(report["labels"], test["confusion_matrix"])
-    return str(arm)
+    arm = next(entry for entry in report["arms"] if entry["arm"] == report["release"]["arm"])
+    _log_numbers(metrics, "", arm["test"])
+    classification.log_confusion_matrix(report["labels"], arm["confusion"])
+    return str(arm["arm"])
 
 
 def copy_page(run: flow.Run, page: dsl.HTML) -> None:

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raresynth.config import Params, load_params
+from raresynth.errors import ParamsError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_params_file_holds_every_knob_with_its_default() -> None:
+    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == Params().model_dump(mode="json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
+def test_presets_are_valid(path: Path) -> None:
+    assert load_params(path) != Params()
+
+
+def test_the_four_presets_are_there() -> None:
+    names = {path.stem for path in (ROOT / "params").glob("*.yaml")}
+    assert names == {"ham10000-cpu", "ham10000-gpu", "paper", "smoke"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("gan: {presets: stgan-lite}", "gan.presets"),
+        ("gan: {width: 0}", "gan.width"),
+        ("gan: {width: wide}", "gan.width"),
+        ("balance: {share: 1.5}", "balance.share"),
+        ("nonsense: 1", "nonsense"),
+        ("gan: {resolution: 48}", "gan.resolution"),
+        ("dataset: {splits: {train: 0.9}}", "dataset.splits"),
+        ("classifier: {arms: [real+synthetic]}", "classifier"),
+        ("gan: [1, 2]", "gan"),
+    ],
+)
+def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert f"{named}:" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["gan: {", "- a\n- b", "gan: \x00"])
+def test_what_is_no_params_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError):
+        load_params(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"absent\.yaml"):
+        load_params(tmp_path / "absent.yaml")
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("")
+    assert load_params(path) == Params()
