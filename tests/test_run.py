@@ -1,0 +1,132 @@
+"""The whole flow as a user starts it: `raresynth run`, killed and started again, and on the smoke preset."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raresynth import flow, lineage
+from raresynth.config import load_params
+
+ROOT = Path(__file__).parents[1]
+MAY_DIFFER = {"run.json", ".run.lock", ".lock"}
+
+
+def start(data: Path, params: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "raresynth.cli", "run", "--data", data, "--params", params, "--out", out]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def contents(store: Path) -> dict[str, str]:
+    return {
+        path.relative_to(store).as_posix(): lineage.sha256_file(path)
+        for path in store.rglob("*")
+        if path.is_file() and path.name not in MAY_DIFFER
+    }
+
+
+def kill_while_training(process: subprocess.Popen[str], stage: Path) -> None:
+    """Wait until a training stage has saved its state, then kill the run as the kernel would."""
+    deadline = time.monotonic() + 300
+    while not list(stage.rglob("state/meta.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no training state appeared below {stage}"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow.Run, tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    values = tiny_run.params.model_dump(mode="json")
+    values["compute"]["checkpoint_every_s"] = 0.01
+    params.write_text(yaml.safe_dump(values))
+    out = tmp_path / "killed"
+    for stage in ("train-encoder", "pretrain", "finetune", "train-classifier"):
+        kill_while_training(start(tiny_run.data_dir, params, out), out / "checkpoints" / stage)
+    finish(start(tiny_run.data_dir, params, out))
+    finish(start(tiny_run.data_dir, params, tmp_path / "whole"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+    # Started once more, it finds all stages finished and repeats none.
+    before = json.loads((out / "run.json").read_text())["stages"]
+    finish(start(tiny_run.data_dir, params, out))
+    assert json.loads((out / "run.json").read_text())["stages"] == before
+
+
+@pytest.mark.slow
+def test_balanced_images_need_no_generator(tiny_run: flow.Run, tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    values = tiny_run.params.model_dump(mode="json")
+    values["balance"] = {"policy": "min_share", "share": 0.0001}
+    params.write_text(yaml.safe_dump(values))
+    output = finish(start(tiny_run.data_dir, params, tmp_path / "out"))
+    decisions = json.loads((tmp_path / "out" / "decisions.json").read_text())
+    assert decisions["classes"] == {}
+    assert decisions["release"]["arm"] == "real"
+    assert not (tmp_path / "out" / "checkpoints" / "finetune").exists()
+    assert "real" in output
+
+
+@pytest.mark.slow
+def test_smoke_preset_runs_the_whole_flow(sample_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = finish(start(sample_data, ROOT / "params" / "smoke.yaml", out))
+    decisions = json.loads((out / "decisions.json").read_text())
+    run = flow.Run(sample_data, out, load_params(ROOT / "params" / "smoke.yaml"))
+    assert set(decisions["classes"]) == set(flow.items(run, "label"))
+    for label, entry in decisions["classes"].items():
+        assert entry["decision"] in {"accepted", "rejected", "insufficient"}
+        assert entry["reasons"] and label in output
+    assert decisions["release"]["arm"] in run.params.classifier.arms
+    for name in (
+        "report.html",
+        "bundle/bundle.json",
+        "run.json",
+        "validation/report.json",
+        "validation/quarantine.csv",
+    ):
+        assert (out / name).is_file()
+    assert list((out / "validation").rglob("*.html"))
+    assert set(json.loads((out / "run.json").read_text())) >= {"run_id", "machine", "stages"}
+
+
+@pytest.mark.slow
+def test_stages_typed_one_by_one_give_what_the_pipeline_gives(tiny_run: flow.Run, tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(tiny_run.params.model_dump(mode="json")))
+    finish(start(tiny_run.data_dir, params, tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tiny_run.store)
+
+
+def test_a_finished_stage_is_repeated_only_where_it_must_be(tiny_run: flow.Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_run.store, store)
+    run = flow.Run(tiny_run.data_dir, store, tiny_run.params)
+
+    def repeated(stage: str, of: flow.Run) -> bool:
+        before = json.loads((store / "run.json").read_text())["stages"]
+        flow.execute_all(stage, of)
+        return bool(json.loads((store / "run.json").read_text())["stages"] != before)
+
+    assert not repeated("validate", run)
+    (store / "validation" / "quarantine.csv").unlink()
+    assert repeated("validate", run)
+    assert not repeated("train-encoder", run)  # validation came out as before
+    longer = tiny_run.params.encoder.model_copy(update={"steps": tiny_run.params.encoder.steps + 1})
+    assert repeated("train-encoder", flow.Run(run.data_dir, store, run.params.model_copy(update={"encoder": longer})))
+    assert not repeated("pretrain", run)
