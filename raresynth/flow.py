@@ -190,7 +190,7 @@ def _measure(task: Task) -> Outcome:
 
 
 def _gate(task: Task) -> Outcome:
-    from raresynth.quality.gate import gate
+    from raresynth.quality.accepted import gate
 
     records = task.needs["measure"]
     gate(
