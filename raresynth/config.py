@@ -81,8 +81,8 @@ class ValidationConfig(Config):
     min_images: PositiveCount = 20
     """A class with fewer usable images is dropped by name."""
     min_images_per_split: PositiveCount = 2
-    near_duplicate_bits: Count = 6
-    """Two images of different groups whose 256-bit perceptual hashes differ in at most this many bits are near duplicates."""
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=256)] = 24
+    """Most bits of 256 in which the perceptual hashes of near duplicates differ."""
 
 
 class EncoderConfig(Config):
@@ -140,7 +140,7 @@ class BalanceConfig(Config):
     ratio: Positive = 1.0
     """ratio: this many synthetic images for each real one, for each class below the largest."""
     max_per_class: Count = 0
-    """Upper limit on the images of one class; 0 sets none."""
+    """Most synthetic images for one class; 0 sets no limit."""
 
 
 class SynthesisConfig(Config):

@@ -394,7 +394,10 @@ def _locate(rows: pd.DataFrame, images: Iterable[str], below: str = ".", exclude
         for path, file in relative.items():
             lookup.setdefault(key(path), file)
     names = rows.pop("image").map(lambda name: PurePosixPath(name.replace("\\", "/")).as_posix())
-    rows.insert(1, "path", names.map(lambda name: lookup.get(name, PurePosixPath(below, name).as_posix())))
+    found = names.map(lookup)
+    folders = {str(PurePosixPath(path).parent) for path in found.dropna()}
+    expected = folders.pop() if len(folders) == 1 else below
+    rows.insert(1, "path", found.fillna(names.map(lambda name: PurePosixPath(expected, name).as_posix())))
     unnamed = sorted(set(files) - set(rows["path"]))
     extra = pd.DataFrame({"image_id": unnamed, "path": unnamed, "label": "", "group": unnamed}, dtype=str)
     if "split" in rows:

@@ -1,0 +1,113 @@
+"""Validation: what a manifest must satisfy, what had to be put in quarantine for it, and the Data Docs to read.
+
+The Great Expectations suite runs twice: over the manifest as found, which shows the defects, and over the cleaned
+one, which must pass. Equal manifests and images leave equal bytes, the Data Docs included.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from raresynth.config import ValidationConfig
+from raresynth.dataset.manifest import count_classes, read_manifest, write_manifest
+from raresynth.dataset.probe import probe_files
+from raresynth.dataset.quarantine import COLUMNS, find_defects, find_small_classes
+from raresynth.dataset.suite import ExpectationResult, derive_columns, run_suite
+from raresynth.errors import DataError
+from raresynth.lineage import Report, new_dir, sha256_file, write_report, write_text
+
+
+class ValidationReport(Report):
+    """What `validate` found, removed and kept."""
+
+    n_rows: int
+    n_kept: int
+    quarantined: dict[str, int]
+    """Rows in quarantine.csv by reason."""
+    dropped_classes: dict[str, str]
+    """Classes that are too small, and why."""
+    classes: dict[str, dict[str, int]]
+    """Rows kept of each class in each split."""
+    expectations: tuple[ExpectationResult, ...]
+    suite_sha256: str
+    manifest_sha256: str
+    """Of the cleaned manifest."""
+    passed: bool
+    """The cleaned manifest satisfies every expectation."""
+
+
+def validate(data_dir: Path, manifest_path: Path, out_dir: Path, config: ValidationConfig) -> ValidationReport:
+    """Check a manifest and the files it names; write manifest.csv (cleaned), quarantine.csv, report.json, data_docs/.
+
+    Bad rows and the rows of classes that are too small go to quarantine.csv with a reason (see
+    `quarantine.find_defects`; `class_too_small` besides).
+
+    Raises:
+        DataError: fewer than two classes remain, or the cleaned manifest still breaks a critical expectation, such as
+            a group in two splits. The files are written all the same, to show what is wrong.
+    """
+    manifest = read_manifest(manifest_path).fillna("")
+    files = [
+        data_dir / path if sha256 else None for path, sha256 in zip(manifest["path"], manifest["sha256"], strict=True)
+    ]
+    probes = probe_files(files, config.min_side, config.max_side)
+    defects = find_defects(manifest, probes, config.near_duplicate_bits)
+    near_duplicate_of = defects["detail"][defects["reason"] == "near_duplicate"]
+    sound = manifest.drop(defects.index)
+    dropped = find_small_classes(sound, config)
+    small = sound["label"][sound["label"].isin(list(dropped))]
+    too_small = pd.DataFrame({"reason": "class_too_small", "detail": small.map(dropped)}, dtype=str)
+    defects = pd.concat([defects, too_small]).sort_index()
+    cleaned = manifest.drop(defects.index)
+
+    with new_dir(out_dir) as folder:
+        write_manifest(folder / "manifest.csv", cleaned)
+        quarantine = manifest.loc[defects.index, ["path", "label"]].join(defects)
+        write_text(folder / "quarantine.csv", quarantine[list(COLUMNS)].to_csv(index=False, lineterminator="\n"))
+        results, suite_sha256 = run_suite(
+            {
+                "found": derive_columns(manifest, probes, near_duplicate_of),
+                "cleaned": derive_columns(cleaned, probes, near_duplicate_of),
+            },
+            config,
+            folder / "data_docs",
+        )
+        report = ValidationReport(
+            n_rows=len(manifest),
+            n_kept=len(cleaned),
+            quarantined={str(k): int(n) for k, n in defects["reason"].value_counts().sort_index().items()},
+            dropped_classes=dropped,
+            classes=count_classes(cleaned),
+            expectations=results,
+            suite_sha256=suite_sha256,
+            manifest_sha256=sha256_file(folder / "manifest.csv"),
+            passed=all(result.cleaned.success for result in results),
+        )
+        write_report(folder / "report.json", report)
+    _stop_if_unusable(report, cleaned, out_dir)
+    return report
+
+
+def _stop_if_unusable(report: ValidationReport, cleaned: pd.DataFrame, out_dir: Path) -> None:
+    if len(report.classes) < 2:
+        dropped = "; ".join(f"{label}: {reason}" for label, reason in report.dropped_classes.items())
+        raise DataError(
+            f"{len(report.classes)} usable classes remain of {report.n_rows} rows, and two are needed"
+            + (f" (dropped {dropped})" if dropped else "")
+            + f"; see {out_dir / 'quarantine.csv'}, add images or lower validation.min_images in params"
+        )
+    failed = [item for item in report.expectations if item.severity == "critical" and not item.cleaned.success]
+    if failed:
+        raise DataError(
+            f"{failed[0].cleaned.unexpected} rows break a rule that no quarantine can mend, {failed[0].demand} "
+            f"({_example(cleaned, failed[0].column)}); correct the source and run build-manifest again"
+        )
+
+
+def _example(rows: pd.DataFrame, column: str) -> str:
+    if column == "image_id":
+        image_id = rows["image_id"][rows["image_id"].duplicated()].iloc[0]
+        return f"{image_id} is {' and '.join(rows['path'][rows['image_id'] == image_id])}"
+    splits = rows.groupby("group")["split"].unique()
+    group = splits.index[splits.map(len) > 1][0]
+    return f"{group} is in {' and '.join(sorted(splits[group]))}"

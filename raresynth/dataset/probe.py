@@ -1,0 +1,107 @@
+"""Is a file a sound image? Each is read and decoded once, and hashed by how it looks."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from raresynth.progress import progress
+
+HASH_SIDE = 16
+"""Side of the perceptual hash: 16 x 16 = 256 bits."""
+DRAFT_SIDE = 128
+"""JPEG files are decoded at the smallest scale that is no smaller; twice what the hash needs."""
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
+CHUNK = 64
+
+FileDefect = Literal["missing", "empty", "not_an_image", "truncated", "too_small", "too_large"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file turned out to be.
+
+    Attributes:
+        defect: None for a sound image.
+        detail: the defect in words.
+        phash: 32 bytes, the perceptual hash of a sound image.
+    """
+
+    defect: FileDefect | None
+    detail: str = ""
+    phash: bytes = b""
+
+
+MISSING = Probe("missing", "there is no such file, or it cannot be read")
+
+
+def probe_files(paths: Sequence[Path | None], min_side: int, max_side: int) -> list[Probe]:
+    """Decode every file (None: it was missing before); sides are in pixels, what is larger is not decoded at all."""
+
+    def probe_chunk(chunk: Sequence[Path | None]) -> list[Probe]:
+        return [probe_file(path, min_side, max_side) if path else MISSING for path in chunk]
+
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    probes: list[Probe] = []
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress("check images", len(paths), "images") as advance,
+    ):
+        # PIL warns of an image that is too large to decode safely before it refuses one of twice that size.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for chunk in pool.map(probe_chunk, chunks):
+            probes += chunk
+            advance(len(chunk))
+    return probes
+
+
+def probe_file(path: Path, min_side: int, max_side: int) -> Probe:
+    """Decode one file, if its header tells a size between `min_side` and `max_side` pixels."""
+    try:
+        with path.open("rb") as file:
+            first_bytes = file.read(8)
+    except OSError:
+        return MISSING
+    if not first_bytes:
+        return Probe("empty", "the file has no bytes")
+    try:
+        image = Image.open(path)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return Probe("too_large", str(error))
+    except Exception:  # a broken file can raise anything in PIL's parsers
+        if first_bytes.startswith(MAGIC):
+            return Probe("truncated", "the file ends within its header, or the header is damaged")
+        return Probe("not_an_image", "no known image format")
+    with image:
+        return _size_defect(image.width, image.height, min_side, max_side) or _decode(image, path)
+
+
+def _size_defect(width: int, height: int, min_side: int, max_side: int) -> Probe | None:
+    if min(width, height) < min_side:
+        return Probe("too_small", f"{width} x {height} pixels, a side is under {min_side}")
+    if max(width, height) > max_side:
+        return Probe("too_large", f"{width} x {height} pixels, a side is over {max_side}")
+    return None
+
+
+def _decode(image: Image.Image, path: Path) -> Probe:
+    try:
+        return Probe(None, phash=_phash(image))
+    except Exception as error:  # as above
+        return Probe("truncated", str(error).replace(str(path), path.name) or type(error).__name__)
+
+
+def _phash(image: Image.Image) -> bytes:
+    import imagehash
+
+    image.draft("L", (DRAFT_SIDE, DRAFT_SIDE))
+    image.load()
+    upright = ImageOps.exif_transpose(image).convert("L")
+    return np.packbits(imagehash.phash(upright, hash_size=HASH_SIDE).hash).tobytes()
