@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raresynth.errors import CheckpointError, ParamsError
@@ -74,29 +76,28 @@ def create(name: str, weights: str, classes: int, resolution: int, seed: int) ->
 
     if not timm.is_model(name):
         raise ParamsError(f"classifier.model: timm has no model {name!r}; see timm.list_models() for the names")
-    overlay = None
-    if weights not in ("pretrained", "scratch"):
-        if not Path(weights).is_file():
-            raise CheckpointError(f"classifier.weights: {weights} is no file; name one, or use scratch or pretrained")
-        overlay = {"file": weights}
     torch.manual_seed(seed)
     try:
-        model = timm.create_model(
-            name, pretrained=weights != "scratch", num_classes=classes, pretrained_cfg_overlay=overlay
-        )
-    except Exception as error:  # timm and its hub raise errors of many kinds
-        if weights == "scratch":
+        model = timm.create_model(name, pretrained=weights == "pretrained", num_classes=classes)
+    except Exception as error:  # the hub's client raises errors of many kinds
+        if weights != "pretrained":
             raise
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"classifier.weights: cannot load {weights} weights of {name} ({reason});"
+            f"classifier.weights: cannot fetch pretrained weights of {name} ({_one_line(error)});"
             " name a local safetensors file of that model, or use scratch"
         ) from error
-    pretrained = weights != "scratch"
-    mean = model.pretrained_cfg["mean"] if pretrained else (0.5, 0.5, 0.5)
-    std = model.pretrained_cfg["std"] if pretrained else (0.5, 0.5, 0.5)
-    classifier = Classifier(model, mean, std)
-    _check_resolution(classifier, name, resolution)
+    if weights not in ("pretrained", "scratch"):
+        _load_all_but_head(model, name, Path(weights))
+    expected = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if weights == "scratch" else model.pretrained_cfg
+    classifier = Classifier(model, expected["mean"], expected["std"])
+    try:
+        with torch.no_grad():
+            classifier.eval()(_probe(classifier, resolution))
+    except (AssertionError, RuntimeError) as error:
+        raise ParamsError(
+            f"classifier.resolution: {name} does not take {resolution} x {resolution} images ({_one_line(error)});"
+            " choose another resolution or model"
+        ) from error
     return classifier
 
 
@@ -138,12 +139,22 @@ def _probe(classifier: Classifier, resolution: int) -> Tensor:
     return probe.view(2, 3, resolution, resolution)
 
 
-@torch.no_grad()
-def _check_resolution(classifier: Classifier, name: str, resolution: int) -> None:
+def _load_all_but_head(model: nn.Module, name: str, path: Path) -> None:
     try:
-        classifier.eval()(_probe(classifier, resolution))
-    except (AssertionError, RuntimeError) as error:
-        raise ParamsError(
-            f"classifier.resolution: {name} does not take {resolution} x {resolution} images"
-            f" ({' '.join(str(error).split())[:120]}); choose another resolution or model"
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"classifier.weights: {path} is no safetensors file that can be read ({_one_line(error)});"
+            " name one, or use scratch or pretrained"
         ) from error
+    heads = cast(Any, model).pretrained_cfg["classifier"]
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    body = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefixes)}
+    own = {key: tensor.shape for key, tensor in model.state_dict().items() if not key.startswith(prefixes)}
+    if {key: tensor.shape for key, tensor in body.items()} != own:
+        raise CheckpointError(f"classifier.weights: {path} does not hold the weights of {name}; name a file that does")
+    model.load_state_dict(body, strict=False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

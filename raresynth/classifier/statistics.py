@@ -81,14 +81,12 @@ def confusion_matrices(targets: Integers, probabilities: Floats, weights: Floats
 
 def _auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """Weighted area under the ROC curve, one class against the rest; ties count half (Mann-Whitney)."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-    ordered = weights[:, order]
-    positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(ordered, starts, axis=1) - positives
-    below = negatives.cumsum(1) - negatives / 2
+    # Pairs won minus pairs lost; single precision holds these sums of small counts exactly.
+    order = np.sign(np.subtract.outer(scores[positive], scores[~positive])).astype(np.float32)
+    positives, negatives = weights[:, positive], weights[:, ~positive]
+    won = ((positives.astype(np.float32) @ order) * negatives).sum(1)
     with np.errstate(invalid="ignore"):
-        area: Floats = (positives * below).sum(1) / (positives.sum(1) * negatives.sum(1))
+        area: Floats = (1 + won / (positives.sum(1) * negatives.sum(1))) / 2
     return area
 
 

@@ -63,6 +63,7 @@ class ClassifierReport(Report):
     labels: list[str]
     n_train: dict[str, ImageCount]
     n_val: int
+    batch_size: int
     steps: int = 0
     val: dict[str, float] = Field(default_factory=dict)
     """Each of statistics.HEADLINE, after temperature scaling."""
@@ -154,6 +155,7 @@ def train_classifier(
         "labels": labels,
         "n_train": _count(labels, train, synthetic),
         "n_val": len(val),
+        "batch_size": config.batch_size,
     }
     if synthetic is not None and synthetic.empty:
         reason = "no synthetic image was accepted by the class gate"

@@ -1,0 +1,62 @@
+"""Data and a finished run that several test files share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from raresynth import flow
+from raresynth.config import Params
+from raresynth.dataset.sample import TINY_CLASS, draw_class, draw_sample, write_sample
+
+TINY_SIZES = {"nevus": 64, "keratosis": 44, "vascular": 30, TINY_CLASS: 4}
+"""Images of each class of the tiny set; the last is too small to be kept."""
+TINY_PARAMS = {
+    "compute": {"device": "cpu"},
+    "encoder": {"steps": 20, "width": 8, "batch_size": 32},
+    "gan": {
+        "resolution": 32,
+        "width": 8,
+        "latent_dim": 16,
+        "batch_size": 16,
+        "pretrain_kimg": 0.6,
+        "finetune_kimg": 0.2,
+        "ema_half_life_kimg": 0.1,
+    },
+    "balance": {"policy": "fixed", "count": 32},
+    "classifier": {"resolution": 32, "steps": 16, "batch_size": 16, "arms": ["real", "real+synthetic"]},
+    "release": {"bootstrap_samples": 200},
+}
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clean sample data set."""
+    folder = tmp_path_factory.mktemp("sample") / "data"
+    write_sample(draw_sample(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three usable classes, one that is too small, a missing file, an empty one and an exact duplicate."""
+    drawn = [s for code, (label, n) in enumerate(TINY_SIZES.items(), 1) for s in draw_class(label, n, code)]
+    samples = {f"skin-{number:03d}.jpg": sample for number, sample in enumerate(drawn)}
+    samples["skin-001.jpg"] = replace(samples["skin-001.jpg"], jpeg=None)
+    samples["skin-002.jpg"] = replace(samples["skin-002.jpg"], jpeg=b"")
+    samples["skin-999.jpg"] = samples["skin-010.jpg"]
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    write_sample(samples, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> flow.Run:
+    """A finished run of the whole flow, at settings so small that its generators learn next to nothing."""
+    run = flow.Run(tiny_data, tmp_path_factory.mktemp("run") / "store", Params.model_validate(TINY_PARAMS))
+    threads = torch.get_num_threads()
+    for stage in flow.STAGES:
+        flow.execute_all(stage, run)
+    torch.set_num_threads(threads)
+    return run
