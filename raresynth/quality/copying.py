@@ -1,0 +1,139 @@
+"""Whether a generator repeats its training images.
+
+Encoder features forget position on purpose, so copies are looked for in pixels: small pictures, normalised for
+brightness and contrast, compared over the eight flips and turns and over small shifts. What counts is not the
+distance itself (an average-looking image is near everything) but the distance to the nearest training image divided
+by the mean distance to the next few, as Carlini et al. 2023 (section 4.2) do for diffusion models.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raresynth.dataset.images import Pixels
+
+SIDE = 32
+"""Side in pixels of the images that are compared."""
+MARGIN = 2
+"""Shifts of -2, 0 and 2 pixels each way are tried."""
+CELL = 4
+"""Pixels are averaged over cells of this side."""
+NEXT_GROUPS = 5
+THRESHOLD_PERCENTILE = 1.0
+MIN_UNSEEN = 20
+Array = npt.NDArray[np.float64]
+Z_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class CopyingFigures:
+    """Outcome of the copying check for M synthetic images.
+
+    Attributes:
+        relative: (M,) distance to the nearest train group / mean distance to the next ones.
+        nearest: (M,) index of the nearest train image.
+        threshold: relative distances under it count as near copies.
+        n_near_copies: how many are.
+        authenticity: Alaa et al. 2022: share of synthetic images farther from their nearest train image than that
+            image is from the nearest train image of another group.
+        c_t: Meehan et al. 2020: Mann-Whitney z of relative distances, synthetic against unseen reals.
+    """
+
+    relative: Array
+    nearest: npt.NDArray[np.int64]
+    threshold: float
+    n_near_copies: int
+    authenticity: float
+    c_t: float
+
+
+def check_copying(
+    synthetic: Pixels, train: Pixels, train_groups: npt.NDArray[np.int64], unseen: Pixels
+) -> CopyingFigures:
+    """Compare synthetic images with the train images of their class.
+
+    The threshold is a low percentile of the train images' own relative distances, each against the other groups.
+    With fewer than 20 unseen reals C_T takes those instead, which are unseen to one another as well.
+
+    Args:
+        synthetic, train, unseen: uint8 (M, 32, 32, 3), (N, 32, 32, 3), (U, 32, 32, 3).
+        train_groups: group number of each train image, 0 to G - 1, G >= 3.
+    """
+    reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
+    own = _distances(train, reference)
+    own[train_groups[:, None] == train_groups[None]] = np.inf
+    own_relative, own_nearest = _relative(own, train_groups)
+    between = _distances(synthetic, reference)
+    relative, nearest = _relative(between, train_groups)
+    threshold = float(np.percentile(own_relative, THRESHOLD_PERCENTILE))
+    enough = len(unseen) >= MIN_UNSEEN
+    unseen_relative = _relative(_distances(unseen, reference), train_groups)[0] if enough else own_relative
+    to_nearest = between[np.arange(len(between)), nearest]
+    spacing = own[np.arange(len(own)), own_nearest]
+    return CopyingFigures(
+        relative=relative,
+        nearest=nearest,
+        threshold=threshold,
+        n_near_copies=int((relative < threshold).sum()),
+        authenticity=float((to_nearest > spacing[nearest]).mean()),
+        c_t=mann_whitney_z(relative, unseen_relative),
+    )
+
+
+def wilson_interval(count: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of which `count` in `n` were seen."""
+    share, z2 = count / n, Z_95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 * float(np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mann_whitney_z(first: Array, second: Array) -> float:
+    """z-score of the Mann-Whitney U test: under 0 where values of `first` tend to be smaller."""
+    from scipy.stats import rankdata
+
+    n, m = len(first), len(second)
+    u = rankdata(np.concatenate([first, second]))[:n].sum() - n * (n + 1) / 2
+    return float((u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12))
+
+
+def _signatures(images: Pixels) -> npt.NDArray[np.float32]:
+    """Cell means (N, cells^2 x 3) of uint8 images, without their mean colour and with unit contrast."""
+    n, side = images.shape[:2]
+    cells = side // CELL
+    means = images.astype(np.float32).reshape(n, cells, CELL, cells, CELL, 3).mean((2, 4))
+    means -= means.mean((1, 2), keepdims=True)
+    flat = means.reshape(n, -1)
+    return np.asarray(flat / (flat.std(1, keepdims=True) + 5.0), dtype=np.float32)
+
+
+def _distances(images: Pixels, reference: npt.NDArray[np.float32]) -> Array:
+    """Least distance of each image (M, 32, 32, 3), over flips, turns and shifts, to each reference signature."""
+    side = SIDE - 2 * MARGIN
+    offsets = range(0, 2 * MARGIN + 1, MARGIN)
+    least = np.full((len(images), len(reference)), np.inf, np.float32)
+    square = np.square(reference).sum(1)
+    for top in offsets:
+        for left in offsets:
+            crop = images[:, top : top + side, left : left + side]
+            for turn in range(4):
+                turned = np.rot90(crop, turn, (1, 2))
+                for view in (turned, turned[:, :, ::-1]):
+                    signature = _signatures(view)
+                    squared = np.square(signature).sum(1)[:, None] + square - 2 * signature @ reference.T
+                    np.minimum(least, squared, out=least)
+    return np.sqrt(np.maximum(least, 0)).astype(np.float64)
+
+
+def _relative(distances: Array, groups: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Distance to the nearest group / mean of the next five, and the index of the nearest image.
+
+    A group's distance is that of its nearest image, so that two pictures of one lesion do not hide a copy.
+    """
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    by_group = np.minimum.reduceat(distances[:, order], starts, axis=1)
+    finite = int(np.isfinite(by_group).sum(1).min())
+    nearest_groups = np.sort(by_group, axis=1)[:, : min(NEXT_GROUPS + 1, finite)]
+    return nearest_groups[:, 0] / np.maximum(nearest_groups[:, 1:].mean(1), 1e-9), distances.argmin(1)

@@ -1,0 +1,309 @@
+"""Every figure of one class's synthetic images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from raresynth.config import GateConfig, QualityConfig
+from raresynth.dataset.images import Pixels, load_images
+from raresynth.dataset.manifest import read_manifest
+from raresynth.errors import DataError
+from raresynth.lineage import write_report
+from raresynth.quality import copying, inception
+from raresynth.quality.distances import Estimates, frechet_distance, kernel_distance, kernel_distances
+from raresynth.quality.encoder import Encoder, Features
+from raresynth.quality.neighbours import neighbourhood
+from raresynth.quality.reports import Copying, Distance, Fid, NearestReal, Proportion, QualityReport
+
+MIN_REAL = 12
+MIN_GROUPS = 4
+MIN_OTHER = 12
+PARTS = 4
+"""At most this many disjoint subsets of the fakes meet each half of the reals."""
+SHOWN = 16
+
+
+def measure(
+    data_dir: Path,
+    manifest_path: Path,
+    encoder_dir: Path,
+    synthetic_dir: Path,
+    label: str,
+    out_dir: Path,
+    config: QualityConfig,
+    gate: GateConfig,
+    seed: int,
+    cache_dir: Path | None,
+) -> QualityReport:
+    """Measure the synthetic images of `label` against its reals and write report.json to `out_dir`.
+
+    The reals are the held-out (val) ones; with fewer than `config.min_held_out` of them, train + val, and then the
+    copying check binds. The test split is never looked at.
+
+    Args:
+        synthetic_dir: folder with manifest.csv, whose paths are relative to the folder above.
+
+    Raises:
+        DataError: the class has too few real or synthetic images to measure anything.
+        CheckpointError: the encoder or the Inception weights are missing or damaged.
+    """
+    manifest = read_manifest(manifest_path)
+    manifest = manifest[manifest["split"] != "test"]
+    fakes = _read_synthetic(synthetic_dir / "manifest.csv", config.max_images, seed)
+    real, binding = _reals(manifest[manifest["label"] == label], label, config)
+    real = _at_most(real, config.max_images, seed)
+    encoder = Encoder.load(encoder_dir)
+
+    def features(frame: pd.DataFrame, root: Path) -> Features:
+        return encoder.features(load_images(frame, root, encoder.resolution, cache_dir))
+
+    others = {
+        str(name): features(_at_most(frame, config.max_images, seed), data_dir)
+        for name, frame in manifest[manifest["label"] != label].groupby("label")
+        if len(frame) >= MIN_OTHER
+    }
+    if not others:
+        raise DataError(
+            f"{manifest_path} has no class besides {label} with {MIN_OTHER} images to compare with; add one"
+        )
+    real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
+    other_label = min(others, key=lambda name: kernel_distance(real_features, others[name]))
+    groups = _numbers(real["group"])
+    kid = kernel_distances(real_features, fake_features, others[other_label], groups)
+    halves = compare_halves(real_features, fake_features, others[other_label], groups, config.real_splits, seed)
+    train = manifest[(manifest["label"] == label) & (manifest["split"] == "train")]
+    unseen = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
+    fid, fid_note = _fid(real, data_dir, fakes, synthetic_dir.parent, config, seed, cache_dir)
+    report = QualityReport(
+        label=label,
+        n_real=len(real),
+        n_fake=len(fakes),
+        n_compared=halves.size,
+        real_splits="train+val" if binding else "val",
+        encoder_sha256=encoder.sha256,
+        dimensions=encoder.dimensions,
+        fd=halves.distance(other_label),
+        kid=_kid(kid, kernel_floor(real_features, groups, config.real_splits, seed), other_label),
+        precision=halves.proportion("precision"),
+        recall=halves.proportion("recall"),
+        density=halves.proportion("density"),
+        coverage=halves.proportion("coverage"),
+        copying=_copying(fakes, synthetic_dir.parent, train, unseen, data_dir, cache_dir),
+        binding_copying=binding,
+        fid=fid,
+        notes=[note for note in (_binding_note(label, config) if binding else None, fid_note) if note],
+    )
+    write_report(out_dir / "report.json", report)
+    return report
+
+
+def _read_synthetic(path: Path, limit: int, seed: int) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(path, dtype={"image_id": str, "path": str, "label": str, "sha256": str})
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; run synthesize first") from error
+    if len(frame) < 2 * MIN_REAL:
+        raise DataError(f"{path} lists {len(frame)} images and measuring needs {2 * MIN_REAL}; synthesize more")
+    return _at_most(frame, limit, seed)
+
+
+def _reals(frame: pd.DataFrame, label: str, config: QualityConfig) -> tuple[pd.DataFrame, bool]:
+    held_out = frame[frame["split"] == "val"]
+    binding = len(held_out) < config.min_held_out
+    real = frame if binding else held_out
+    if len(real) < MIN_REAL or real["group"].nunique() < MIN_GROUPS:
+        raise DataError(
+            f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in train and val, and "
+            f"measuring needs {MIN_REAL} of {MIN_GROUPS}; add images or raise validation.min_images"
+        )
+    return real, binding
+
+
+def _binding_note(label: str, config: QualityConfig) -> str:
+    return (
+        f"Class {label} has fewer than {config.min_held_out} held-out images, so its figures are taken against "
+        "train + val reals, which a generator that copies would please: the copying check is binding."
+    )
+
+
+def _at_most(frame: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    if len(frame) <= limit:
+        return frame
+    chosen = np.random.default_rng([seed, len(frame)]).choice(len(frame), limit, replace=False)
+    return frame.iloc[np.sort(chosen)]
+
+
+def _numbers(groups: "pd.Series[str]") -> npt.NDArray[np.int64]:
+    return np.asarray(pd.factorize(groups)[0], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Figures of random halves of the reals against fakes, other reals and the other half, all at equal size.
+
+    A statistic of random halves scatters about the full sample's as that does about the truth (the delete-half
+    jackknife; Shao and Wu 1989), so the replicates' covariance is that of the mean's error.
+
+    Attributes:
+        size: images a side.
+        replicates: name -> (K,) values, one a split.
+    """
+
+    size: int
+    replicates: Mapping[str, npt.NDArray[np.float64]]
+
+    def estimates(self, first: str, second: str, floor: str | None = None) -> Estimates:
+        a, b = self.replicates[first], self.replicates[second]
+        if floor is not None:
+            zero = self.replicates[floor].mean()
+            a, b = a - zero, b - zero
+        return Estimates(float(a.mean()), float(b.mean()), np.cov(a, b))
+
+    def distance(self, other_label: str) -> Distance:
+        values, above_floor = self.estimates("fd", "fd other"), self.estimates("fd", "fd other", "fd real")
+        return _distance(values, float(self.replicates["fd real"].mean()), other_label, above_floor)
+
+    def proportion(self, name: str) -> Proportion:
+        estimates = self.estimates(name, f"{name} real")
+        low, high = estimates.interval()
+        ratio = estimates.ratio_interval() or (None, None)
+        return Proportion(
+            value=estimates.first,
+            low=max(low, 0.0),
+            high=high if name == "density" else min(high, 1.0),
+            real_real=estimates.second,
+            ratio=estimates.ratio(),
+            ratio_low=ratio[0],
+            ratio_high=ratio[1],
+        )
+
+
+def _distance(values: Estimates, floor: float, other_label: str, above_floor: Estimates) -> Distance:
+    low, high = values.interval()
+    ratio = above_floor.ratio_interval() or (None, None)
+    return Distance(
+        value=values.first,
+        low=low,
+        high=high,
+        floor=floor,
+        other_label=other_label,
+        other_value=values.second,
+        ratio=above_floor.ratio(),
+        ratio_low=ratio[0],
+        ratio_high=ratio[1],
+    )
+
+
+def _kid(kid: Estimates, floor: float, other_label: str) -> Distance:
+    # KID is unbiased, so its ratio needs no floor; the floor is shown for comparison.
+    return _distance(kid, floor, other_label, kid)
+
+
+def grouped_halves(
+    groups: npt.NDArray[np.int64], rng: np.random.Generator
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Two disjoint sets of indices, each about half of the images; a group is never in both."""
+    order = rng.permutation(int(groups.max()) + 1)
+    sizes = np.cumsum(np.bincount(groups)[order])
+    cut = int(np.abs(sizes - len(groups) / 2).argmin()) + 1
+    in_first = np.isin(groups, order[:cut])
+    return np.flatnonzero(in_first), np.flatnonzero(~in_first)
+
+
+def compare_halves(
+    real: Features, fake: Features, other: Features, groups: npt.NDArray[np.int64], splits: int, seed: int
+) -> Halves:
+    """Compare random halves of the reals, split by group, with as many fakes, other reals, and reals of the other half.
+
+    The fakes' part of each comparison is a random half of them, cut into up to four subsets whose figures are averaged.
+
+    Args:
+        real, fake, other: features (N, D), (M, D), (L, D).
+        groups: group number of each real.
+    """
+    rng = np.random.default_rng([seed, 1])
+    pairs = [grouped_halves(groups, rng) for _ in range(splits)]
+    size = min(min(len(a), len(b)) for a, b in pairs)
+    size = min(size, len(fake) // 2, len(other) // 2)
+    rows: dict[str, list[float]] = {}
+    for first, second in pairs:
+        a, b = real[rng.permutation(first)[:size]], real[rng.permutation(second)[:size]]
+        row = _compare(a, b, " real")
+        for sample, suffix in ((fake, ""), (other, " other")):
+            half = rng.permutation(len(sample))[: len(sample) // 2]
+            parts = [
+                _compare(a, sample[half[i * size : (i + 1) * size]], suffix)
+                for i in range(min(PARTS, len(half) // size))
+            ]
+            row |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        for name, value in row.items():
+            rows.setdefault(name, []).append(value)
+    return Halves(size, {name: np.asarray(values) for name, values in rows.items()})
+
+
+def _compare(real: Features, fake: Features, suffix: str) -> dict[str, float]:
+    figures = {"fd": frechet_distance(real, fake), **vars(neighbourhood(real, fake))}
+    return {f"{name}{suffix}": value for name, value in figures.items()}
+
+
+def kernel_floor(real: Features, groups: npt.NDArray[np.int64], splits: int, seed: int) -> float:
+    """Mean KID between random halves of the reals, split by group."""
+    rng = np.random.default_rng([seed, 2])
+    pairs = (grouped_halves(groups, rng) for _ in range(splits))
+    return float(np.mean([kernel_distance(real[a], real[b]) for a, b in pairs]))
+
+
+def _fid(
+    real: pd.DataFrame,
+    data_dir: Path,
+    fakes: pd.DataFrame,
+    synthetic_root: Path,
+    config: QualityConfig,
+    seed: int,
+    cache_dir: Path | None,
+) -> tuple[Fid | None, str | None]:
+    """FID, or a sentence that says why there is none although it was asked for."""
+    if config.inception == "none":
+        return None, None
+    # Both sides at the synthetic images' own size, so that the fakes are not judged by pixels they do not have.
+    side = int(fakes["width"].min())
+    images = load_images(real, data_dir, side, cache_dir), load_images(fakes, synthetic_root, side, cache_dir)
+    halves = grouped_halves(_numbers(real["group"]), np.random.default_rng([seed, 3]))
+    try:
+        return inception.fid(config.inception, *images, halves), None
+    except inception.WeightsUnavailable as error:
+        return None, f"There is no FID, since {error}; the gate goes by FD and KID on the encoder."
+
+
+def _copying(
+    fakes: pd.DataFrame,
+    synthetic_root: Path,
+    train: pd.DataFrame,
+    unseen: pd.DataFrame,
+    data_dir: Path,
+    cache_dir: Path | None,
+) -> Copying:
+    def pixels(frame: pd.DataFrame, root: Path) -> Pixels:
+        return load_images(frame, root, copying.SIDE, cache_dir)
+
+    figures = copying.check_copying(
+        pixels(fakes, synthetic_root), pixels(train, data_dir), _numbers(train["group"]), pixels(unseen, data_dir)
+    )
+    low, high = copying.wilson_interval(figures.n_near_copies, len(fakes))
+    shown = zip(fakes["path"][:SHOWN], figures.nearest, figures.relative, strict=False)
+    return Copying(
+        near_copy_share=figures.n_near_copies / len(fakes),
+        low=low,
+        high=high,
+        threshold=figures.threshold,
+        authenticity=figures.authenticity,
+        c_t=figures.c_t,
+        nearest=[
+            NearestReal(synthetic=path, train=str(train["path"].iloc[index]), distance=float(relative))
+            for path, index, relative in shown
+        ],
+    )

@@ -1,0 +1,110 @@
+"""What `measure` finds about one class, as the gate and the report page read it."""
+
+from typing import Literal
+
+from raresynth.lineage import Report
+
+
+class Distance(Report):
+    """FD or KID of the synthetic images to the class's reals, beside what it is for other reals."""
+
+    value: float
+    low: float
+    high: float
+    """95 % interval of `value`."""
+    floor: float
+    """The same distance between two random halves of the class's reals."""
+    other_label: str
+    other_value: float
+    """The same distance from the class's reals to those of the nearest other class."""
+    ratio: float | None
+    """(value - floor) / (other_value - floor): 0 is as good as reals, 1 is as far off as another class.
+    None where the other class cannot be told from this one."""
+    ratio_low: float | None
+    ratio_high: float | None
+
+
+class Proportion(Report):
+    """Precision, recall, density or coverage, beside its value between two halves of the reals."""
+
+    value: float
+    low: float
+    high: float
+    real_real: float
+    ratio: float | None
+    """value / real_real."""
+    ratio_low: float | None
+    ratio_high: float | None
+
+
+class NearestReal(Report):
+    """A synthetic image, its nearest real image of the train split, and how near that is."""
+
+    synthetic: str
+    """Path relative to the root of synthetic images."""
+    train: str
+    """Path relative to the data folder."""
+    distance: float
+    """In units of the near-copy threshold: under 1 counts as a copy."""
+
+
+class Copying(Report):
+    """Whether synthetic images repeat images of the train split."""
+
+    near_copy_share: float
+    low: float
+    high: float
+    """95 % interval of the share."""
+    threshold: float
+    """Distances under it count as near copies."""
+    authenticity: float
+    """Share of synthetic images farther from their nearest train image than that one is from the other reals."""
+    c_t: float
+    """Under 0 where synthetic images lie nearer to the train images than unseen reals do; in standard errors."""
+    nearest: list[NearestReal]
+
+
+class Fid(Report):
+    """FID on pytorch-fid's Inception features, 2048 dimensions."""
+
+    value: float
+    n_real: int
+    n_fake: int
+    floor: float
+    """FID between two halves of the reals, `n_floor` images each."""
+    value_at_floor: float
+    """FID of the fakes at that size: the only figure to hold against `floor`."""
+    n_floor: int
+    weights_sha256: str
+
+
+class QualityReport(Report):
+    """Every figure of one class, with the images, dimensions and encoder it rests on."""
+
+    label: str
+    status: Literal["measured"] = "measured"
+    n_real: int
+    n_fake: int
+    n_compared: int
+    """Images a side of FD, precision, recall, density and coverage: these depend on it."""
+    real_splits: Literal["val", "train+val"]
+    encoder_sha256: str
+    dimensions: int
+    fd: Distance
+    kid: Distance
+    precision: Proportion
+    recall: Proportion
+    density: Proportion
+    coverage: Proportion
+    copying: Copying
+    binding_copying: bool
+    fid: Fid | None
+    notes: list[str]
+
+
+class FailedClass(Report):
+    """A class whose images could not be made or measured, and why."""
+
+    label: str
+    status: Literal["failed"] = "failed"
+    reason: str
