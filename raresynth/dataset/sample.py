@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from raresynth.errors import DataError
 from raresynth.lineage import new_dir, write_text
 
 SEED = 20240501
@@ -113,16 +112,17 @@ class Sample:
     hairs: int
 
 
-# Fields over the lesion's own coordinates ------------------------------------------------------------------------
+# Fields over the lesion's own coordinates
 
 
 def _noise(rng: np.random.Generator, x: Field, y: Field, scale: float) -> Field:
     """A smooth random field of mean 0, variance 1 and features of size `scale`."""
     n = 20
-    angle, phase = rng.uniform(0, 2 * np.pi, (2, n, 1, 1))
-    k = 2 * np.pi / scale * rng.uniform(0.5, 1.3, (n, 1, 1))
-    waves: Field = np.cos(k * (np.cos(angle) * x + np.sin(angle) * y) + phase).sum(0) * np.sqrt(2 / n)
-    return waves
+    angle, phase = rng.uniform(0, 2 * np.pi, (2, n))
+    k = 2 * np.pi / scale * rng.uniform(0.5, 1.3, n)
+    # Wave by wave: arrays this small stay in the processor's cache.
+    waves = (np.cos(a * x + b * y + c) for a, b, c in zip(k * np.cos(angle), k * np.sin(angle), phase, strict=True))
+    return np.asarray(sum(waves) * np.sqrt(2 / n))
 
 
 def _step(value: Field, softness: float) -> Field:
@@ -168,7 +168,7 @@ def _spots(rng: np.random.Generator, x: Field, y: Field, n: int, reach: float, s
     return np.asarray(_step(distance - size, 0.03).max(0, initial=0))
 
 
-# Lesions ---------------------------------------------------------------------------------------------------------
+# Lesions
 # Each draws the lesion's parameters and evaluates it at (x, y); the draws never depend on the coordinates, so that
 # the same generator gives the same lesion in every view.
 
@@ -264,7 +264,7 @@ LESIONS: dict[str, Callable[[np.random.Generator, Field, Field], Tissue]] = {
 }
 
 
-# Skin, light and camera ------------------------------------------------------------------------------------------
+# Skin, light and camera
 
 
 def _tone(rng: np.random.Generator) -> Tone:
@@ -344,11 +344,15 @@ def _jpeg(pixels: npt.NDArray[np.uint8], quality: int = 90) -> bytes:
     return out.getvalue()
 
 
-# The data set ----------------------------------------------------------------------------------------------------
+# The data set
 
 
-def _draw_class(label: str, size: int, code: int) -> list[Sample]:
-    """`size` images of a class: lesion after lesion, each in one to three views."""
+def draw_class(label: str, size: int, code: int) -> list[Sample]:
+    """Draw `size` images of a class: lesion after lesion, each in one to three views.
+
+    Args:
+        code: number of the class, which keeps its draws apart from other classes'.
+    """
     samples: list[Sample] = []
     lesion = 0
     while len(samples) < size:
@@ -365,7 +369,7 @@ def _draw_class(label: str, size: int, code: int) -> list[Sample]:
 
 def draw_sample() -> dict[str, Sample]:
     """The clean set by image name, in an order that tells nothing of the labels."""
-    samples = [s for code, (label, n) in enumerate(CLASS_SIZES.items(), 1) for s in _draw_class(label, n, code)]
+    samples = [s for code, (label, n) in enumerate(CLASS_SIZES.items(), 1) for s in draw_class(label, n, code)]
     order = np.random.default_rng(SEED).permutation(len(samples))
     return {_name(number): samples[i] for number, i in enumerate(order, 1)}
 
@@ -378,7 +382,7 @@ def plant_defects(clean: dict[str, Sample]) -> dict[str, Sample]:
     """The set as a careless collector might deliver it: `clean` with PLANTED_DEFECTS."""
     whole = clean[_name(101)].jpeg or b""
     first, second, third, labelled = (clean[_name(number)] for number in (3, 44, 77, 505))
-    tiny = _draw_class(TINY_CLASS, TINY_CLASS_SIZE, len(CLASS_SIZES) + 1)
+    tiny = draw_class(TINY_CLASS, TINY_CLASS_SIZE, len(CLASS_SIZES) + 1)
     changed = {
         17: replace(clean[_name(17)], jpeg=None),
         58: replace(clean[_name(58)], jpeg=b""),
@@ -401,17 +405,8 @@ def _recompress(jpeg: bytes | None) -> bytes:
         return _jpeg(np.asarray(image), quality=95)
 
 
-def write_sample(out_dir: Path, defects: bool = False) -> None:
-    """Write metadata.csv and images/ into a new folder.
-
-    Raises:
-        DataError: `out_dir` already holds something.
-    """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise DataError(f"{out_dir} already exists; remove it or name a new folder for the sample data")
-    samples = draw_sample()
-    if defects:
-        samples = plant_defects(samples)
+def write_sample(samples: dict[str, Sample], out_dir: Path) -> None:
+    """Write metadata.csv and images/ into `out_dir`, which is replaced."""
     table = StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -433,10 +428,10 @@ def main() -> None:
     parser.add_argument("out_dir", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--defects", action="store_true", help="plant the defects of the set's first version")
     arguments = parser.parse_args()
-    try:
-        write_sample(arguments.out_dir, arguments.defects)
-    except DataError as error:
-        parser.error(str(error))
+    if arguments.out_dir.exists():
+        parser.error(f"{arguments.out_dir} already exists; remove it or name a new folder")
+    samples = draw_sample()
+    write_sample(plant_defects(samples) if arguments.defects else samples, arguments.out_dir)
 
 
 if __name__ == "__main__":
