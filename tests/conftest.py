@@ -3,11 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from raresynth import flow
 from raresynth.config import Params
+from raresynth.dataset.manifest import write_manifest
 from raresynth.dataset.sample import TINY_CLASS, draw_class, draw_sample, write_sample
 
 TINY_SIZES = {"nevus": 64, "keratosis": 44, "vascular": 30, TINY_CLASS: 4}
@@ -60,3 +64,24 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> flow.
         flow.execute_all(stage, run)
     torch.set_num_threads(threads)
     return run
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy squares of three colours, 60 + 24 + 12 images in pairs of a group, and a manifest of them."""
+    folder = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    rows = []
+    for label, n, colour in (("blue", 60, (60, 60, 200)), ("green", 24, (60, 200, 60)), ("red", 12, (200, 60, 60))):
+        for i in range(n):
+            pixels = rng.normal(colour, 30, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            name = f"{label}{i}"
+            Image.fromarray(pixels).save(folder / f"{name}.png")
+            split = ("train", "train", "train", "val", "val", "test")[i // 2 % 6]
+            rows.append((name, f"{name}.png", label, f"{label}-{i // 2}", split, name, 32, 32))
+    columns = ["image_id", "path", "label", "group", "split", "sha256", "width", "height"]
+    manifest = pd.DataFrame(rows, columns=columns)
+    write_manifest(folder / "manifest.csv", manifest)
+    manifest[manifest["label"] == "red"].to_csv(folder / "accepted.csv", index=False)
+    manifest[:0].to_csv(folder / "none.csv", index=False)
+    return folder
