@@ -24,12 +24,20 @@ TINY_PARAMS = {
         "width": 8,
         "latent_dim": 16,
         "batch_size": 16,
-        "pretrain_kimg": 0.6,
+        "pretrain_kimg": 0.4,
         "finetune_kimg": 0.2,
         "ema_half_life_kimg": 0.1,
+        "precision": "fp32",
     },
     "balance": {"policy": "fixed", "count": 32},
-    "classifier": {"resolution": 32, "steps": 16, "batch_size": 16, "arms": ["real", "real+synthetic"]},
+    "classifier": {
+        "model": "test_resnet",
+        "resolution": 32,
+        "steps": 16,
+        "batch_size": 16,
+        "precision": "fp32",
+        "arms": ["real", "real+synthetic"],
+    },
     "release": {"bootstrap_samples": 200},
 }
 
