@@ -13,8 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from raresynth.config import DatasetConfig, ValidationConfig
 from raresynth.dataset import sample
+from raresynth.dataset.expectations import validate
 from raresynth.dataset.images import decode_image
+from raresynth.dataset.importers import build_manifest
 from raresynth.dataset.sample import CLASS_SIZES, ITA_RANGES, PLANTED_DEFECTS, SIDE, Sample, Tone
 from raresynth.lineage import dvc_dir_md5
 
@@ -138,6 +141,13 @@ def test_planted_duplicates_are_what_they_are_called(defective):
     assert copy["label"] == original["label"] and copy["group"] != original["group"]
     first, second = (decode_image(defective / path, SIDE).astype(int) for path in ("images/skin-0077.jpg", near))
     assert 0 < np.abs(first - second).mean() < 3
+
+
+def test_validation_names_every_planted_defect_and_nothing_else(defective, tmp_path):
+    build_manifest(defective, tmp_path / "manifest", DatasetConfig(), seed=0)
+    validate(defective, tmp_path / "manifest" / "manifest.csv", tmp_path / "validation", ValidationConfig())
+    quarantine = pd.read_csv(tmp_path / "validation" / "quarantine.csv")
+    assert sorted(zip(quarantine["path"], quarantine["reason"], strict=True)) == sorted(PLANTED_DEFECTS)
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
