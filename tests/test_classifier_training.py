@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from raresynth.classifier.arms import ARMS, Pool, class_weights, draw
 from raresynth.classifier.network import WithFeatureMap, create, load
 from raresynth.classifier.training import train_classifier
 from raresynth.config import ClassifierConfig
-from raresynth.errors import CheckpointError, ParamsError
+from raresynth.errors import CheckpointError, DataError, ParamsError
 from raresynth.lineage import load_checkpoint, save_checkpoint
 
 CONFIG = ClassifierConfig(model="test_resnet", resolution=32, steps=30, batch_size=16, learning_rate=5e-3)
@@ -293,6 +294,13 @@ def test_a_damaged_state_costs_time_only(squares, tmp_path):
     (tmp_path / "out" / "state" / "weights.safetensors").write_bytes(b"half")
     (tmp_path / "out" / "state" / "meta.json").write_text('{"weights_sha256": "0", "step": 2}')
     assert train(squares, tmp_path / "out", steps=3) == whole
+
+
+def test_class_without_train_images_is_named(squares, tmp_path):
+    manifest = pd.read_csv(squares / "manifest.csv")
+    manifest[(manifest["split"] != "train") | (manifest["label"] != "red")].to_csv(tmp_path / "m.csv", index=False)
+    with pytest.raises(DataError, match="no train image of 'red'"):
+        train_classifier(squares, tmp_path / "m.csv", None, None, "real", tmp_path / "out", CONFIG, 0, "cpu", None, 1e9)
 
 
 def test_weights_are_finite_with_a_batch_that_is_smaller_than_the_classes(squares, tmp_path):

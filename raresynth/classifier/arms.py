@@ -5,6 +5,7 @@ Everything else (network, steps, schedule, initial weights) is the same for all 
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -45,9 +46,11 @@ class Pool:
     """Whether each image is synthetic, shape (N,)."""
     classes: int
 
-    def members(self, target: int, synthetic: bool) -> Indices:
-        """Positions of one class's real or synthetic images."""
-        return np.flatnonzero((self.targets == target) & (self.synthetic == synthetic))
+    @cached_property
+    def members(self) -> list[tuple[Indices, Indices]]:
+        """Positions of each class's real and of its synthetic images."""
+        of_class = [self.targets == target for target in range(self.classes)]
+        return [(np.flatnonzero(own & ~self.synthetic), np.flatnonzero(own & self.synthetic)) for own in of_class]
 
 
 def draw(pool: Pool, arm: Arm, batch_size: int, synthetic_share: float, seed: int, step: int) -> Indices:
@@ -71,7 +74,7 @@ def draw(pool: Pool, arm: Arm, batch_size: int, synthetic_share: float, seed: in
 
 
 def _take_turns(pool: Pool, target: int, synthetic_share: float, seed: int, turns: Indices) -> Indices:
-    real, synthetic = pool.members(target, False), pool.members(target, True)
+    real, synthetic = pool.members[target]
     share = synthetic_share if len(synthetic) else 0.0
     if not len(real):
         share = 1.0
@@ -92,8 +95,13 @@ def _take_turns(pool: Pool, target: int, synthetic_share: float, seed: int, turn
 def _shuffled(n: int, seed: tuple[int, ...], start: int, stop: int) -> Indices:
     """Elements start..stop of an endless sequence of shuffled epochs of range(n)."""
     epochs = range(start // n, (stop - 1) // n + 1)
-    sequence = np.concatenate([np.random.default_rng((*seed, epoch)).permutation(n) for epoch in epochs])
+    sequence = np.concatenate([_epoch(n, (*seed, epoch)) for epoch in epochs])
     return sequence[start - epochs[0] * n :][: stop - start]
+
+
+@lru_cache(maxsize=256)
+def _epoch(n: int, seed: tuple[int, ...]) -> Indices:
+    return np.random.default_rng(seed).permutation(n)
 
 
 def class_weights(pool: Pool) -> npt.NDArray[np.float64]:

@@ -138,7 +138,7 @@ def train_classifier(
         device: "cpu" or "cuda".
 
     Raises:
-        DataError: an image cannot be read, or a split is empty.
+        DataError: an image cannot be read, a class has no train image, or val is empty.
         ParamsError, CheckpointError: the model or its weights cannot be had.
         TrainingCollapse: the loss stopped being a number.
     """
@@ -146,8 +146,12 @@ def train_classifier(
     labels = sorted(manifest["label"].unique())
     synthetic = _read_synthetic(synthetic_manifest, labels) if ARMS[arm].synthetic else None
     train, val = (manifest[manifest["split"] == split] for split in ("train", "val"))
-    if train.empty or val.empty:
-        raise DataError(f"{manifest_path} has no train or no val images; run build-manifest with other splits")
+    lacking = [label for label in labels if label not in set(train["label"])]
+    if lacking or val.empty:
+        what = f"no train image of {lacking[0]!r}" if lacking else "no val image"
+        raise DataError(
+            f"{manifest_path} has {what}; run build-manifest with other splits, or validate to drop the class"
+        )
     facts: dict[str, Any] = {
         "arm": arm,
         "model": config.model,
