@@ -24,7 +24,7 @@ def near_duplicates(hashes: Sequence[bytes], groups: Sequence[str], max_bits: in
     Returns:
         for each image to leave out, the first image it is near to and the bits in which their hashes differ.
     """
-    words = np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(len(hashes), -1)
+    words = np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(-1, 4)
     codes = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
     found: dict[int, tuple[int, int]] = {}
     kept = np.empty(0, dtype=np.intp)
@@ -37,7 +37,7 @@ def near_duplicates(hashes: Sequence[bytes], groups: Sequence[str], max_bits: in
         for row, column, bits in _near(words, codes, block, block, max_bits):
             if column < row and int(block[column]) not in found:
                 found.setdefault(int(block[row]), (int(block[column]), bits))
-        kept = np.append(kept, [i for i in block if i not in found])
+        kept = np.concatenate([kept, block[[int(i) not in found for i in block]]])
     return found
 
 

@@ -39,8 +39,8 @@ def export_dataset(
     files = pd.concat([_real(manifest_path, data_dir), _synthetic(accepted_path, synthetic_root)], ignore_index=True)
     files["path"] = _places(files)
     with new_dir(out_dir) as folder, progress("export", len(files), "images") as advance:
-        for file in files.itertuples():
-            _copy(file.file, folder / file.path, file.sha256)
+        for source, path, sha256 in zip(files["file"], files["path"], files["sha256"], strict=True):
+            _copy(source, folder / path, sha256)
             advance()
         files = files.drop(columns="file").sort_values("path")
         write_text(folder / "manifest.csv", files.to_csv(index=False, lineterminator="\n"))
@@ -80,15 +80,15 @@ def _synthetic(accepted_path: Path, synthetic_root: Path) -> pd.DataFrame:
 
 def _places(files: pd.DataFrame) -> list[str]:
     """Path of each file in the export; a name that occurs twice in a folder gets the file's hash."""
+    names = files["source"] + "-" + files["image_id"].str.replace("/", "_")
     places = [
-        f"{row.split}/{row.label}/{row.source}-{row.image_id.replace('/', '_')}{PurePosixPath(row.file).suffix.lower()}"
-        for row in files.itertuples()
+        PurePosixPath(split, label, name + file.suffix.lower())
+        for split, label, name, file in zip(files["split"], files["label"], names, files["file"], strict=True)
     ]
-    taken = Counter(place.lower() for place in places)
+    # Some file systems take A.jpg and a.jpg for one file.
+    taken = Counter(place.as_posix().lower() for place in places)
     return [
-        place
-        if taken[place.lower()] == 1
-        else str(PurePosixPath(place).with_stem(f"{PurePosixPath(place).stem}-{sha256[:12]}"))
+        (place if taken[place.as_posix().lower()] == 1 else place.with_stem(f"{place.stem}-{sha256[:12]}")).as_posix()
         for place, sha256 in zip(places, files["sha256"], strict=True)
     ]
 

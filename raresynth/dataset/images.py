@@ -76,7 +76,8 @@ def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir
             Path(name).replace(packed)
         finally:
             Path(name).unlink(missing_ok=True)
-    return np.load(packed, mmap_mode="r")
+    pixels: Pixels = np.load(packed, mmap_mode="r")
+    return pixels
 
 
 def _decode_all(paths: Sequence[Path], resolution: int, out: Pixels) -> Pixels:

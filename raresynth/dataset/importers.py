@@ -7,7 +7,7 @@ a file has an empty sha256. `validate` puts both into quarantine, so nothing is 
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -105,7 +105,7 @@ def build_manifest(data_dir: Path, out_dir: Path, config: DatasetConfig, seed: i
         raise DataError(f"the data folder {data_dir} does not exist; name a folder of images")
     source = find_files(data_dir)
     table = _import(source, config)
-    rows = _read_files(table.rows, data_dir)
+    rows = _read_files(table.rows, source)
     splits_from_source = "split" in rows
     if not splits_from_source:
         rows["split"] = _split(rows, config.splits, seed)
@@ -408,18 +408,19 @@ def _locate(rows: pd.DataFrame, images: Iterable[str], below: str = ".", exclude
 # Files and splits
 
 
-def _read_files(rows: pd.DataFrame, data_dir: Path) -> pd.DataFrame:
-    paths = [data_dir / path for path in rows["path"]]
-    facts = list(_facts(paths))
+def _read_files(rows: pd.DataFrame, source: Source) -> pd.DataFrame:
+    # What a CSV names outside the folder ("../x.png") is as good as missing.
+    listed = set(source.images)
+    facts = list(_facts([source.data_dir / path if path in listed else None for path in rows["path"]]))
     rows["sha256"] = pd.Series([sha256 for sha256, _, _ in facts], dtype=str)
     rows["width"] = [width for _, width, _ in facts]
     rows["height"] = [height for _, _, height in facts]
     return rows
 
 
-def _facts(paths: list[Path]) -> Iterator[tuple[str, int, int]]:
-    def read(chunk: list[Path]) -> list[tuple[str, int, int]]:
-        return [_file_facts(path) for path in chunk]
+def _facts(paths: Sequence[Path | None]) -> Iterator[tuple[str, int, int]]:
+    def read(chunk: Sequence[Path | None]) -> list[tuple[str, int, int]]:
+        return [_file_facts(path) if path else ("", 0, 0) for path in chunk]
 
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with (
@@ -452,4 +453,4 @@ def _file_facts(path: Path) -> tuple[str, int, int]:
 def _split(rows: pd.DataFrame, shares: SplitShares, seed: int) -> "pd.Series[str]":
     usable = rows[(rows["width"] > 0) & (rows["label"] != "")]
     splits = assign_splits(list(usable["label"]), list(usable["group"]), shares, seed)
-    return rows["group"].map(splits).fillna("train")
+    return pd.Series([splits.get(group, "train") for group in rows["group"]], index=rows.index, dtype=str)

@@ -15,8 +15,8 @@ from raresynth.progress import progress
 
 HASH_SIDE = 16
 """Side of the perceptual hash: 16 x 16 = 256 bits."""
-DRAFT_SIDE = 128
-"""JPEG files are decoded at the smallest scale that is no smaller; twice what the hash needs."""
+DRAFT_SIDE = 64
+"""JPEG files are decoded at the smallest scale that is no smaller; the hash looks at 64 x 64 pixels."""
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
 CHUNK = 64
 

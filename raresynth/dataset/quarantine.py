@@ -58,7 +58,9 @@ def find_small_classes(rows: pd.DataFrame, config: ValidationConfig) -> dict[str
         if n < config.min_images:
             reasons[label] = f"{n} usable images, fewer than min_images = {config.min_images}"
         elif fewest < config.min_images_per_split:
-            reasons[label] = f"{fewest} usable images in {split}, fewer than {config.min_images_per_split}"
+            reasons[label] = (
+                f"{fewest} usable images in {split}, fewer than min_images_per_split = {config.min_images_per_split}"
+            )
     return reasons
 
 
