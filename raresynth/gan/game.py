@@ -11,7 +11,8 @@ from raresynth.gan.losses import barlow_twins, barlow_twins_full, discriminator_
 from raresynth.gan.networks import Discriminator, Generator, initialise, pooled_features
 from raresynth.gan.presets import GanSettings
 
-LOSSES = ("d_loss", "g_loss", "barlow")
+LOSSES = ("d_loss", "barlow", "g_loss")
+"""In the order in which they are computed, so that the first one not finite is where a collapse began."""
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Game:
         torch.autograd.backward(g_loss)
         self.g_optimizer.step()
         _require_grad(learned, True)
-        return torch.stack([d_loss.detach(), g_loss.detach(), barlow.detach()])
+        return torch.stack([d_loss.detach(), barlow.detach(), g_loss.detach()])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")

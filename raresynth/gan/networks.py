@@ -9,6 +9,8 @@ BASE = 4
 """Side of the generator's first feature map."""
 PATCH = 8
 """Side of the patch discriminator's feature map, the size that the pooled Barlow loss looks at."""
+LEAK = 0.2
+"""Slope of the discriminators' LeakyReLU below 0."""
 MAX_FACTOR = 8
 """Deep layers have at most this many times the channels of the widest-resolution layer."""
 
@@ -83,11 +85,11 @@ class Discriminator(nn.Module):
             side //= 2
             norm = nn.Identity() if patch or side == resolution // 2 else nn.BatchNorm2d(out)
             conv = nn.Conv2d(channels, out, 4, stride=2, padding=1)
-            self.blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2, inplace=True)))
+            self.blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(LEAK, inplace=True)))
             channels, out = out, min(out * 2, width * MAX_FACTOR)
         if patch:
             conv = nn.Conv2d(channels, out, 3, padding=1)
-            self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(0.2, inplace=True)))
+            self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(LEAK, inplace=True)))
             channels = out
         self.features = channels * smallest**2
         self.head = nn.Conv2d(channels, 1, 3, padding=1) if patch else nn.Conv2d(channels, 1, BASE)
@@ -108,10 +110,14 @@ def pooled_features(features: Tensor) -> Tensor:
 
 
 def initialise(network: nn.Module) -> None:
-    """DCGAN's initialisation: weights N(0, 0.02), BatchNorm scales N(1, 0.02), biases 0."""
+    """Weights that keep the signal's scale: DCGAN's N(0, 0.02) where BatchNorm rescales, He's normal where none does."""
+    normalised = any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            nn.init.normal_(module.weight, 0.0, 0.02)
+            if normalised:
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            else:
+                nn.init.kaiming_normal_(module.weight, a=LEAK)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):

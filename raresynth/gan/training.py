@@ -262,7 +262,7 @@ def _loop(
             due = time.monotonic() - saved_at >= checkpoint_every_s
             if due or (step + 1) % CHECK_EVERY_STEPS == 0 or step + 1 == len(losses):
                 _check_finite(losses[checked : step + 1], checked)
-                d_loss, g_loss, _ = losses[checked : step + 1].mean(0).tolist()
+                d_loss, _, g_loss = losses[checked : step + 1].mean(0).tolist()
                 advance(shown - batches.images_before(checked), f"D {d_loss:.2f}, G {g_loss:.2f}")
                 checked = step + 1
             if due:

@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from raresynth.config import GanConfig
+from raresynth.errors import MemoryLimitError
+from raresynth.gan.augmentation import POLICIES, Policy, augment
+from raresynth.gan.game import build
+from raresynth.gan.networks import Discriminator, Generator, pooled_features
+from raresynth.gan.presets import check_memory, resolve
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256])
+@pytest.mark.parametrize("conv", ["depthwise", "dense"])
+def test_generator_shape_and_range(resolution, conv):
+    images = Generator(resolution, 8, 4, conv)(torch.randn(2, 8))
+    assert images.shape == (2, 3, resolution, resolution)
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128, 256])
+@pytest.mark.parametrize(("head", "logits_side", "features_side"), [("patch", 8, 8), ("scalar", 1, 4)])
+def test_discriminator_shapes(resolution, head, logits_side, features_side):
+    network = Discriminator(resolution, 4, head)
+    logits, features = network(torch.randn(2, 3, resolution, resolution))
+    assert logits.shape == (2, 1, logits_side, logits_side)
+    assert features.shape[2:] == (features_side, features_side)
+    assert features.flatten(1).shape[1] == network.features
+
+
+def test_pointwise_before_upsampling_equals_pointwise_after():
+    block = Generator(32, 8, 4, "depthwise").blocks[0]
+    pointwise, up = block[0], block[1]
+    x = torch.randn(2, pointwise.in_channels, 4, 4)
+    torch.testing.assert_close(up(pointwise(x)), pointwise(up(x)))
+
+
+def test_depthwise_generator_has_fewer_parameters():
+    sizes = {
+        conv: sum(p.numel() for p in Generator(128, 128, 32, conv).blocks.parameters())
+        for conv in ("depthwise", "dense")
+    }
+    assert sizes["depthwise"] * 10 < sizes["dense"]
+
+
+def test_pooled_features_average_to_8x8():
+    features = torch.arange(2 * 16 * 16, dtype=torch.float32).view(1, 2, 16, 16)
+    pooled = pooled_features(features)
+    assert pooled.shape == (1, 128)
+    assert pooled[0, 0] == features[0, 0, :2, :2].mean()
+
+
+def test_equal_seeds_build_equal_networks_and_leave_the_global_generator_alone():
+    settings = resolve(GanConfig(resolution=32, width=4))
+    before = torch.random.get_rng_state()
+    first, second, other = build(settings, 1, "cpu"), build(settings, 1, "cpu"), build(settings, 2, "cpu")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(first.generator.project.weight, second.generator.project.weight)
+    assert not torch.equal(first.generator.project.weight, other.generator.project.weight)
+
+
+def test_presets_fill_what_is_null_and_leave_what_is_set():
+    lite, base = resolve(GanConfig()), resolve(GanConfig(preset="dcgan-base"))
+    assert (lite.generator_conv, lite.discriminator, lite.barlow) == ("depthwise", "patch", "pooled")
+    assert (lite.label_smoothing, lite.noise_std, lite.wrap_batches) == (0.1, 0.05, True)
+    assert (base.generator_conv, base.discriminator, base.barlow) == ("dense", "scalar", "full")
+    assert (base.label_smoothing, base.noise_std, base.freeze_d, base.wrap_batches) == (0.0, 0.0, 0, False)
+    assert lite.betas == base.betas == (0.5, 0.999)
+    ablated = resolve(GanConfig(preset="dcgan-base", wrap_batches=True, barlow_alpha=0.0))
+    assert ablated.wrap_batches
+    assert ablated.barlow_alpha == 0.0
+
+
+def test_a_full_barlow_matrix_over_the_limit_is_refused():
+    settings = resolve(GanConfig(preset="dcgan-base", memory_limit_mb=1))
+    check_memory(settings, 512)  # 512 * 512 * 4 bytes = 1 MB
+    with pytest.raises(MemoryLimitError, match=r"gan\.memory_limit_mb = 1"):
+        check_memory(settings, 513)
+    check_memory(resolve(GanConfig(preset="dcgan-base", memory_limit_mb=1, barlow="pooled")), 513)
+    check_memory(resolve(GanConfig(preset="dcgan-base", memory_limit_mb=1, barlow_alpha=0.0)), 513)
+
+
+def some_images(n=8, side=32):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("policy", ["none", *POLICIES])
+def test_augmentation_depends_on_its_generator_alone_and_lets_gradients_through(policy):
+    images = some_images().requires_grad_()
+    first = augment(images, policy, torch.Generator().manual_seed(1))
+    second = augment(images, policy, torch.Generator().manual_seed(1))
+    assert first.shape == images.shape
+    assert torch.equal(first, second)
+    torch.autograd.backward(first.square().sum())
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+
+
+def still(**changes) -> Policy:
+    return Policy(**{"quarter_turns": False, "rotation": 0.0, "translation": 0.0, "brightness": 0.0, "contrast": 0.0,
+                     "saturation": 0.0, "hue": 0.0, **changes})  # fmt: skip
+
+
+def test_geometry_without_rotation_is_flips_quarter_turns_and_whole_pixel_shifts(monkeypatch):
+    monkeypatch.setitem(POLICIES, "turns", still(quarter_turns=True))
+    images = some_images(32)
+    turned = augment(images, "turns", torch.Generator().manual_seed(3))
+    seen = set()
+    for image, out in zip(images, turned, strict=True):
+        views = {(k, f): torch.rot90(image.flip(2) if f else image, k, (1, 2)) for k in range(4) for f in (False, True)}
+        matches = [name for name, view in views.items() if torch.allclose(view, out, atol=1e-4)]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) == 8
+
+    monkeypatch.setitem(POLICIES, "shifts", still(translation=0.125))
+    shifted = augment(images, "shifts", torch.Generator().manual_seed(3))
+    for image, out in zip(images, shifted, strict=True):
+        inner = out[:, 8:24, 8:24]
+        # Away from the border every view is a window of the image or of its mirror image.
+        windows = [
+            torch.allclose(source[:, 8 + y : 24 + y, 8 + x : 24 + x], inner, atol=1e-4)
+            for source in (image, image.flip(2))
+            for y in range(-4, 5)
+            for x in range(-4, 5)
+        ]
+        assert sum(windows) == 1
+
+
+def test_colour_changes_are_small_and_grey_stays_grey_under_hue_and_saturation(monkeypatch):
+    monkeypatch.setitem(POLICIES, "colours", still(saturation=0.5, hue=0.25))
+    grey = torch.rand(4, 1, 32, 32).expand(4, 3, 32, 32) * 2 - 1
+    out = augment(grey, "colours", torch.Generator().manual_seed(0))
+    flipped = torch.where(
+        torch.isclose(out, grey, atol=1e-4).flatten(1).all(1)[:, None, None, None], grey, grey.flip(3)
+    )
+    torch.testing.assert_close(out, flipped, atol=1e-4, rtol=0)
+
+    monkeypatch.setitem(POLICIES, "brighter", still(brightness=0.1))
+    flat = torch.zeros(64, 3, 32, 32)  # intensity 1/2
+    levels = (augment(flat, "brighter", torch.Generator().manual_seed(0)).mean((1, 2, 3)) + 1) / 2
+    assert levels.min() >= 0.45 - 1e-6
+    assert levels.max() <= 0.55 + 1e-6
+    assert levels.std() > 0.01

@@ -1,0 +1,134 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from raresynth.config import GanConfig
+from raresynth.errors import CheckpointError
+from raresynth.gan.game import build
+from raresynth.gan.latents import CHUNK, aligned_chunks, latents
+from raresynth.gan.png import Provenance, encode_png, to_pixels
+from raresynth.gan.presets import resolve
+from raresynth.gan.sampling import COLUMNS, generate, load_generator, synthesize
+from raresynth.lineage import save_checkpoint, sha256_file
+
+
+@pytest.fixture(scope="module")
+def generator_dir(tmp_path_factory):
+    settings = resolve(GanConfig(resolution=32, latent_dim=8, width=4))
+    tensors = {f"generator.{k}": t for k, t in build(settings, 0, "cpu").generator_ema.state_dict().items()}
+    architecture = settings.model_dump(include={"resolution", "latent_dim", "width", "generator_conv", "discriminator"})
+    folder = tmp_path_factory.mktemp("generator") / "df"
+    save_checkpoint(folder, tensors, {"architecture": architecture, "label": "df"})
+    return folder
+
+
+def test_a_latent_depends_on_seed_and_index_alone():
+    whole = latents(7, 0, 40, 5)
+    assert whole.dtype == np.float32
+    assert np.array_equal(latents(7, 13, 4, 5), whole[13:17])
+    assert not np.array_equal(latents(8, 0, 40, 5), whole)
+    assert len(np.unique(whole[:, 0])) == 40
+
+
+def test_latents_are_standard_normal():
+    rows = latents(0, 0, 4000, 8)
+    assert abs(rows.mean()) < 0.02
+    assert abs(rows.std() - 1) < 0.02
+    assert np.abs(np.corrcoef(rows.T) - np.eye(8)).max() < 0.08
+
+
+def test_chunks_are_aligned_and_hold_each_index_once():
+    asked = [3, 15, 16, 17, 40]
+    chunks = list(aligned_chunks(asked))
+    assert [first for first, _ in chunks] == [0, 16, 32]
+    assert [first + row for first, rows in chunks for row in rows] == asked
+
+
+def test_an_image_is_the_same_however_it_is_asked_for(generator_dir):
+    generator, _ = load_generator(generator_dir, "cpu")
+    whole = generate(generator, 3, range(50))
+    assert whole.shape == (50, 32, 32, 3)
+    assert whole.dtype == np.uint8
+    for indices in ([0], [49], [5, 6, 7], range(20, 37), [1, 16, 33]):
+        assert np.array_equal(generate(generator, 3, indices), whole[list(indices)])
+    assert not np.array_equal(generate(generator, 4, [0]), whole[:1])
+
+
+def test_pixels_round_to_the_nearest_level_and_clip():
+    levels = np.array([-1.0, 1.0, 0.0, 2.0, -3.0, 10 / 127.5 - 1, 10.4 / 127.5 - 1, 10.6 / 127.5 - 1], np.float32)
+    pixels = to_pixels(np.broadcast_to(levels, (1, 3, 1, 8)))
+    assert pixels.shape == (1, 1, 8, 3)
+    assert pixels[0, 0, :, 0].tolist() == [0, 255, 128, 255, 0, 10, 10, 11]
+
+
+def test_png_is_lossless_names_its_origin_and_is_deterministic():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    origin = Provenance("ab" * 32, "Kératose “séborrhéique”", 1, 2)
+    png = encode_png(pixels, origin)
+    assert png == encode_png(pixels, origin)
+    from io import BytesIO
+
+    image = Image.open(BytesIO(png))
+    assert np.array_equal(np.asarray(image), pixels)
+    assert image.text == {
+        "generator": "ab" * 32,
+        "label": "Kératose “séborrhéique”",
+        "seed": "1",
+        "index": "2",
+        "synthetic": "true",
+    }
+
+
+def test_synthesize_writes_images_beside_a_manifest_that_names_each(generator_dir, tmp_path):
+    out = tmp_path / "synthetic" / "df"
+    report = synthesize(generator_dir, "df", 21, out, seed=5, device="cpu")
+    rows = pd.read_csv(out / "manifest.csv")
+    assert tuple(rows.columns) == COLUMNS
+    assert rows["index"].tolist() == list(range(21))
+    assert set(rows["label"]) == {"df"}
+    assert set(rows["seed"]) == {5}
+    assert set(rows["generator"]) == {sha256_file(generator_dir / "weights.safetensors")} == {report.generator}
+    generator, _ = load_generator(generator_dir, "cpu")
+    for index, path, digest in rows[["index", "path", "sha256"]].itertuples(index=False):
+        file = tmp_path / "synthetic" / path
+        assert sha256_file(file) == digest
+        assert np.array_equal(np.asarray(Image.open(file)), generate(generator, 5, [index])[0])
+    assert json.loads((out / "report.json").read_text())["n_images"] == 21
+    assert report.manifest_sha256 == sha256_file(out / "manifest.csv")
+
+
+def test_more_images_leave_the_first_ones_unchanged(generator_dir, tmp_path):
+    synthesize(generator_dir, "df", 3, tmp_path / "df", 0, "cpu")
+    few = {p.name: p.read_bytes() for p in (tmp_path / "df" / "images").iterdir()}
+    synthesize(generator_dir, "df", 2 * CHUNK + 1, tmp_path / "df", 0, "cpu")
+    many = {p.name: p.read_bytes() for p in (tmp_path / "df" / "images").iterdir()}
+    assert len(many) == 2 * CHUNK + 1
+    assert few.items() <= many.items()
+
+
+def test_no_image_asked_for_gives_an_empty_manifest(generator_dir, tmp_path):
+    assert synthesize(generator_dir, "df", 0, tmp_path / "df", 0, "cpu").n_images == 0
+    assert tuple(pd.read_csv(tmp_path / "df" / "manifest.csv").columns) == COLUMNS
+
+
+def test_another_class_and_damaged_weights_are_refused(generator_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="draws df, not mel"):
+        synthesize(generator_dir, "mel", 1, tmp_path / "mel", 0, "cpu")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "meta.json").write_bytes((generator_dir / "meta.json").read_bytes())
+    content = bytearray((generator_dir / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (damaged / "weights.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="was changed"):
+        synthesize(damaged, "df", 1, tmp_path / "df", 0, "cpu")
+
+
+def test_latents_and_png_load_no_torch():
+    code = "import sys, raresynth.gan.latents, raresynth.gan.png; assert 'torch' not in sys.modules, 'torch was loaded'"
+    subprocess.run([sys.executable, "-c", code], check=True)
