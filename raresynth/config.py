@@ -186,6 +186,7 @@ class ClassifierConfig(Config):
     arms: tuple[
         Literal["real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic"], ...
     ] = ("real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic")
+    """Strong augmentation and synthetic images come with balanced sampling too, since it helps every rare class."""
 
     @model_validator(mode="after")
     def _has_real_arm(self) -> "ClassifierConfig":

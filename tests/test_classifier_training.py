@@ -53,8 +53,9 @@ class TestDraw:
             assert sorted(stream[epoch * 65 : (epoch + 1) * 65]) == list(range(65))
         assert list(stream[:65]) != list(stream[65:130])
 
-    def test_balanced_sampling_draws_classes_equally_and_images_of_a_class_equally(self):
-        stream = batches("real+balanced-sampling", range(30), batch_size=10)
+    @pytest.mark.parametrize("arm", ["real+balanced-sampling", "real+strong-augmentation", "real+synthetic"])
+    def test_balanced_sampling_draws_classes_equally_and_images_of_a_class_equally(self, arm):
+        stream = batches(arm, range(30), batch_size=10)
         assert list(np.bincount(POOL.targets[stream])) == [100, 100, 100]
         assert set(np.bincount(stream)) == {2, 10, 20}
 

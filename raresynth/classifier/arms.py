@@ -29,7 +29,8 @@ class Arm:
 
 ARMS = {
     "real": Arm(),
-    "real+strong-augmentation": Arm(strong=True),
+    # The metric that matters most here counts classes equally, so the strongest real arms draw them equally too.
+    "real+strong-augmentation": Arm(balanced=True, strong=True),
     "real+weights": Arm(weighted=True),
     "real+balanced-sampling": Arm(balanced=True),
     "real+synthetic": Arm(balanced=True, synthetic=True),
