@@ -281,9 +281,30 @@ def _package(task: Task) -> Outcome:
 
 
 def _report(task: Task) -> Outcome:
+    from raresynth.report.findings import Sources
     from raresynth.report.page import render
 
-    render(task.run.store, task.run.data_dir, task.run.params, items(task.run, "label"), task.run.store / "report.html")
+    def folders(stage: str, *statuses: str) -> dict[str, Path]:
+        records = task.needs[stage]
+        return {item: task.path(stage, item) for item, record in records.items() if record.status in statuses}
+
+    run = task.run
+    sources = Sources(
+        data_dir=run.data_dir,
+        validation_dir=task.path("validate"),
+        encoder_dir=task.path("train-encoder"),
+        pretrain_dir=task.path("pretrain"),
+        finetune_dirs=folders("finetune", "done", "failed"),
+        synthetic_dirs=folders("synthesize", "done"),
+        synthetic_root=run.store / "synthetic",
+        quality_dirs=folders("measure", "done"),
+        gate_dir=task.path("gate"),
+        arm_dirs=folders("train-classifier", "done", "skipped"),
+        evaluation_dir=task.path("evaluate"),
+        decisions=run.store / "decisions.json",
+        bundle_dir=task.path("package"),
+    )
+    render(sources, run.params, run.store / "report.html")
     return DONE
 
 

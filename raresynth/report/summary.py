@@ -1,0 +1,66 @@
+"""A finished run in a few lines, for terminals and graphs. Reads JSON alone, so that it costs nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raresynth.errors import CheckpointError
+from raresynth.report.words import headline
+
+
+def summarize(store: Path) -> str:
+    """Markdown that reads well as plain text too.
+
+    Raises:
+        CheckpointError: the run in `store` has not been evaluated.
+    """
+    decisions, evaluation = _read(store / "decisions.json"), _read(store / "evaluation" / "report.json")
+    lines = [f"# {headline(decisions)}", "", *_classes(decisions["classes"]), "", *_arms(evaluation), ""]
+    lines += [*decisions["release"]["reasons"], ""]
+    lines += [f"- {name}: {store / place}" for name, place in _PLACES.items() if (store / place).exists()]
+    return "\n".join([*lines, *_cost(store / "run.json"), ""])
+
+
+_PLACES = {"report": "report.html", "decisions": "decisions.json", "bundle": "bundle"}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; run the flow to its end first") from error
+
+
+def _classes(classes: dict[str, Any]) -> list[str]:
+    if not classes:
+        return ["No class needed synthetic images."]
+    return [f"- {label}: {entry['decision']}: {_telling(entry['reasons'])}" for label, entry in classes.items()]
+
+
+def _telling(reasons: list[str]) -> str:
+    """The first reason that speaks against the class, else the first."""
+    return next((reason for reason in reasons if not reason.endswith(": met")), reasons[0])
+
+
+def _arms(evaluation: dict[str, Any]) -> list[str]:
+    lines = []
+    for arm in evaluation["arms"]:
+        if arm["status"] == "skipped":
+            lines.append(f"- {arm['arm']}: skipped, {arm['reason']}")
+            continue
+        test = arm["test"]["balanced_accuracy"]
+        interval = "" if test["low"] is None else f" ({100 * test['low']:.1f} to {100 * test['high']:.1f})"
+        lines.append(
+            f"- {arm['arm']}: balanced accuracy {100 * arm['val']['balanced_accuracy']:.1f} % on val, "
+            f"{100 * test['value']:.1f} %{interval} on test"
+        )
+    return lines
+
+
+def _cost(log: Path) -> list[str]:
+    stages = _read(log).get("stages", {}) if log.exists() else {}
+    if not stages:
+        return []
+    minutes, seconds = divmod(round(sum(stage["seconds"] for stage in stages.values())), 60)
+    peak = max(stage["peak_memory_mb"] for stage in stages.values())
+    return [f"- the stages took {minutes} min {seconds:02d} s, at most {peak:,} MB of memory each"]

@@ -1,0 +1,56 @@
+"""What was decided, in plain sentences. Knows neither torch nor pandas, so that a summary is quick."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ACCEPTED, REJECTED, INSUFFICIENT = "accepted", "rejected", "insufficient"
+
+
+def headline(decisions: Mapping[str, Any]) -> str:
+    """The run's outcome in one line.
+
+    Args:
+        decisions: the run's decisions.json.
+    """
+    release, classes = decisions["release"], decisions["classes"]
+    if release["decision"] == "approved":
+        finding = "The synthetic images help"
+    elif release["difference"] is not None:
+        finding = "The synthetic images bring no proven gain"
+    elif not classes:
+        finding = "No class needed synthetic images"
+    elif not _with(classes, ACCEPTED):
+        finding = "No generator was accepted"
+    else:
+        finding = "No classifier was trained on the synthetic images"
+    return f"{finding}: the arm “{release['arm']}” is released"
+
+
+def class_outcomes(classes: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the gate decided on how many classes, and which, in one sentence."""
+    if not classes:
+        return "No class had fewer images than the balancing policy asks for, so none were synthesised."
+    outcomes = [
+        f"{len(labels)} {'was' if len(labels) == 1 else 'were'} {word} ({enumerate_words(labels)})"
+        for word, labels in (
+            ("accepted", _with(classes, ACCEPTED)),
+            ("rejected", _with(classes, REJECTED)),
+            ("left undecided for insufficient evidence", _with(classes, INSUFFICIENT)),
+        )
+        if labels
+    ]
+    return f"{counted(len(classes), 'class')} needed synthetic images. Of the generators {enumerate_words(outcomes)}."
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """Words joined as in a sentence: "a, b and c"."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part) if words else "none"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: "1 image", "2,340 images"."""
+    return f"{n:,} {noun if n == 1 else noun + ('es' if noun.endswith('s') else 's')}"
+
+
+def _with(classes: Mapping[str, Mapping[str, Any]], decision: str) -> list[str]:
+    return [label for label, entry in classes.items() if entry["decision"] == decision]
