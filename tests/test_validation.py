@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tzlocal
 from PIL import Image, ImageEnhance
 
 from raresynth.config import DatasetConfig, ValidationConfig
@@ -170,6 +171,16 @@ def test_data_docs_can_be_read_from_the_first_page_on(defective):
     assert "great-expectations-web-assets" not in index
 
 
+@pytest.fixture
+def another_time_zone(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Kathmandu")
+    tzlocal.reload_localzone()
+    yield
+    monkeypatch.undo()
+    tzlocal.reload_localzone()
+
+
+@pytest.mark.usefixtures("another_time_zone")
 def test_equal_data_leave_equal_bytes_wherever_they_lie(defective, tmp_path):
     """Reports, tables and Data Docs: no times, no random ids, no paths of the machine."""
     folder, _ = defective

@@ -1,4 +1,9 @@
-"""Images that look the same: pairs of perceptual hashes with few bits between them."""
+"""Images that look the same: pairs of perceptual hashes with few bits between them.
+
+How few was measured on 5,984 different lesions of HAM10000: the nearest two are 40 bits apart, while copies saved again
+as JPEG (quality 30 to 90), resized (half to double) or made brighter or darker (by 20 %) differ in at most 24. Copies
+that were cropped, flipped or turned are not recognised.
+"""
 
 from collections.abc import Sequence
 

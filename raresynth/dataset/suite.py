@@ -19,6 +19,8 @@ RUN_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 """Data Docs need a time; a real one would make equal runs differ."""
 CLOCK = re.compile(r"\?d=\d{8}T\d{6}\.\d+Z|(?<=>)\d{8}T\d{6}\.\d+Z(?=<)")
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+LOCAL_TIME = re.compile(r"(?:1969-12-31|1970-01-01)[T ]\d\d:\d\d:\d\d(?:Z| [^\s'<]+)")
+"""RUN_TIME as the pages show it, in the machine's time zone."""
 WEB_LOGO = re.compile(r"https://great-expectations-web-assets\.[\w.-]+/[\w-]+\.png")
 
 Severity = Literal["critical", "warning", "info"]
@@ -186,7 +188,8 @@ def _make_reproducible(docs_dir: Path) -> None:
     """Take out of the pages what differs between equal runs, and images that would be fetched from the web."""
     for page in docs_dir.rglob("*.html"):
         up = "../" * (len(page.relative_to(docs_dir).parts) - 1)
-        text = WEB_LOGO.sub(f"{up}static/images/logo-long.png", CLOCK.sub("", page.read_text(encoding="utf-8")))
+        text = LOCAL_TIME.sub("not recorded", CLOCK.sub("", page.read_text(encoding="utf-8")))
+        text = WEB_LOGO.sub(f"{up}static/images/logo-long.png", text)
         for number, uuid in enumerate(dict.fromkeys(UUID.findall(text))):
             text = text.replace(uuid, f"id-{number}")
         page.write_text(text, encoding="utf-8")
