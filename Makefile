@@ -7,13 +7,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test slow check lock
 
 demo: .venv/ready
-	@dvc pull --quiet && dvc repro && $(BIN)/python -m raresynth.report.summary runs/demo
+	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && python -P -m raresynth.report.summary runs/demo
 
 test: .venv/ready
-	@$(BIN)/python -m pytest -m "not slow"
+	@pytest -m "not slow"
 
 slow: .venv/ready
-	@$(BIN)/python -m pytest -m slow
+	@pytest -m slow
 
 check: .venv/ready
 	@ruff check . && ruff format --check . && mypy && lint-imports

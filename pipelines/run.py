@@ -40,7 +40,12 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
     from raresynth.config import Params
 
     error_file, log = scratch / "error", scratch / "kfp.log"
-    os.environ |= {task.PARENT_PID: str(os.getpid()), task.ERROR_FILE: str(error_file), task.CONSOLE: _console()}
+    os.environ |= {
+        task.PARENT_PID: str(os.getpid()),
+        task.ERROR_FILE: str(error_file),
+        task.CONSOLE: _console(),
+        "PYTHONSAFEPATH": "1",
+    }
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(scratch / "artifacts"))
     pipeline = build(Params.model_validate_json(params).compute.parallel_tasks)
     with log.open("w", encoding="utf-8") as file:

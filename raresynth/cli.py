@@ -89,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     _open_run(arguments.data, arguments.params, arguments.out)
-    # The library does not know kfp: the pipeline takes this process over.
-    module = [sys.executable, "-m", "pipelines.run", *map(str, (arguments.data, arguments.params, arguments.out))]
+    # The library does not know kfp: the pipeline takes this process over. -P, lest a folder such as docker/ in the
+    # working directory is taken for the package of that name.
+    module = [sys.executable, "-P", "-m", "pipelines.run", *map(str, (arguments.data, arguments.params, arguments.out))]
     sys.stdout.flush()
     os.execv(sys.executable, module)  # noqa: S606
 

@@ -11,7 +11,7 @@ from raresynth import cli
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "raresynth.cli", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "raresynth.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -93,9 +93,7 @@ def test_classes_and_arms_are_loops(kfp_spec: dict) -> None:
 
 def test_release_is_the_only_branch(kfp_spec: dict) -> None:
     branches = [
-        task
-        for task in kfp_spec["root"]["dag"]["tasks"].values()
-        if "condition" in task.get("triggerPolicy", {})
+        task for task in kfp_spec["root"]["dag"]["tasks"].values() if "condition" in task.get("triggerPolicy", {})
     ]
     assert len(branches) == 1
     inside = kfp_spec["components"][branches[0]["componentRef"]["name"]]["dag"]["tasks"]

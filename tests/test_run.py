@@ -20,7 +20,7 @@ MAY_DIFFER = {"run.json", ".run.lock", ".lock"}
 
 
 def start(data: Path, params: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "raresynth.cli", "run", "--data", data, "--params", params, "--out", out]
+    command = [sys.executable, "-P", "-m", "raresynth.cli", "run", "--data", data, "--params", params, "--out", out]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

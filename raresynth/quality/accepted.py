@@ -41,7 +41,9 @@ def gate(
     reports = [read_report(folder / "report.json", QualityReport) for folder in quality_dirs.values()]
     decisions = decide([*reports, *(FailedClass(label=label, reason=why) for label, why in failed.items())], config)
     accepted = [label for label, decision in decisions.items() if decision.decision == "accepted"]
-    frames = [pd.read_csv(synthetic_dirs[label] / "manifest.csv", dtype={"label": str, "image_id": str}) for label in accepted]
+    frames = [
+        pd.read_csv(synthetic_dirs[label] / "manifest.csv", dtype={"label": str, "image_id": str}) for label in accepted
+    ]
     usable = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
     write_text(out_dir / "accepted.csv", usable.to_csv(index=False, lineterminator="\n"))
     report = GateReport(
