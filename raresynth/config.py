@@ -91,7 +91,7 @@ class EncoderConfig(Config):
     steps: PositiveCount = 600
     batch_size: Annotated[int, Field(ge=8)] = 128
     learning_rate: Positive = 1e-3
-    dimensions: PositiveCount = 64
+    dimensions: PositiveCount = 32
     """Principal components kept of the frozen features."""
 
 
@@ -165,7 +165,9 @@ class GateConfig(Config):
     kid_ratio: Positive = 0.25
     coverage_ratio: Share = 0.7
     c_t: float = -3.0
-    near_copy_share: Share = 0.03
+    near_copy_distance: Share = 0.65
+    """A near copy lies nearer to a train image than this part of the distance to the next ones."""
+    near_copy_share: Share = 0.02
 
 
 class ClassifierConfig(Config):

@@ -20,7 +20,6 @@ MARGIN = 2
 CELL = 4
 """Pixels are averaged over cells of this side."""
 NEXT_GROUPS = 5
-THRESHOLD_PERCENTILE = 1.0
 MIN_UNSEEN = 20
 Array = npt.NDArray[np.float64]
 Z_95 = 1.959964
@@ -33,8 +32,7 @@ class CopyingFigures:
     Attributes:
         relative: (M,) distance to the nearest train group / mean distance to the next ones.
         nearest: (M,) index of the nearest train image.
-        threshold: relative distances under it count as near copies.
-        n_near_copies: how many are.
+        n_near_copies: how many relative distances are under the threshold.
         authenticity: Alaa et al. 2022: share of synthetic images farther from their nearest train image than that
             image is from the nearest train image of another group.
         c_t: Meehan et al. 2020: Mann-Whitney z of relative distances, synthetic against unseen reals.
@@ -42,23 +40,22 @@ class CopyingFigures:
 
     relative: Array
     nearest: npt.NDArray[np.int64]
-    threshold: float
     n_near_copies: int
     authenticity: float
     c_t: float
 
 
 def check_copying(
-    synthetic: Pixels, train: Pixels, train_groups: npt.NDArray[np.int64], unseen: Pixels
+    synthetic: Pixels, train: Pixels, train_groups: npt.NDArray[np.int64], unseen: Pixels, threshold: float
 ) -> CopyingFigures:
     """Compare synthetic images with the train images of their class.
 
-    The threshold is a low percentile of the train images' own relative distances, each against the other groups.
-    With fewer than 20 unseen reals C_T takes those instead, which are unseen to one another as well.
+    With fewer than 20 unseen reals C_T takes the train images instead, each against the other groups.
 
     Args:
         synthetic, train, unseen: uint8 (M, 32, 32, 3), (N, 32, 32, 3), (U, 32, 32, 3).
         train_groups: group number of each train image, 0 to G - 1, G >= 3.
+        threshold: relative distances under it count as near copies.
     """
     reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
     own = _distances(train, reference)
@@ -66,7 +63,6 @@ def check_copying(
     own_relative, own_nearest = _relative(own, train_groups)
     between = _distances(synthetic, reference)
     relative, nearest = _relative(between, train_groups)
-    threshold = float(np.percentile(own_relative, THRESHOLD_PERCENTILE))
     enough = len(unseen) >= MIN_UNSEEN
     unseen_relative = _relative(_distances(unseen, reference), train_groups)[0] if enough else own_relative
     to_nearest = between[np.arange(len(between)), nearest]
@@ -74,7 +70,6 @@ def check_copying(
     return CopyingFigures(
         relative=relative,
         nearest=nearest,
-        threshold=threshold,
         n_near_copies=int((relative < threshold).sum()),
         authenticity=float((to_nearest > spacing[nearest]).mean()),
         c_t=mann_whitney_z(relative, unseen_relative),

@@ -1,12 +1,12 @@
 """The encoder that every measurement uses: self-supervised, trained on real train images only, frozen and hashed.
 
 Barlow Twins (Zbontar et al. 2021, equation 1) on a small convolutional network. A feature vector joins the
-spatial means and standard deviations of all stages, early ones included, so that distances react to blur, noise
+spatial means and log standard deviations of all stages, early ones included, so that distances react to blur, noise
 and compression as well as to content; principal components of the train reals make it short.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,6 @@ from raresynth.lineage import Report, load_checkpoint, save_checkpoint, write_re
 from raresynth.progress import progress
 from raresynth.training_state import flatten_optimizer, restore_optimizer
 
-if TYPE_CHECKING:
-    pass
-
 Features = npt.NDArray[np.float32]
 
 CHECKPOINT_EVERY_STEPS = 50
@@ -35,7 +32,7 @@ FEATURE_BATCH = 256
 
 
 class EncoderNetwork(nn.Module):
-    """Four stages, each halving the resolution (the first keeps it) and doubling the channels.
+    """Four stages that double the channels; all but the last halve the resolution.
 
     Input: float (N, 3, H, W) in [-1, 1]. Output: the stages' activations.
     """
@@ -45,7 +42,7 @@ class EncoderNetwork(nn.Module):
         channels = [3, *(width * 2**stage for stage in range(STAGES))]
         self.stages = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(channels[i], channels[i + 1], 3, stride=1 if i == 0 else 2, padding=1, bias=False),
+                nn.Conv2d(channels[i], channels[i + 1], 3, stride=1 if i == STAGES - 1 else 2, padding=1, bias=False),
                 nn.BatchNorm2d(channels[i + 1]),
                 nn.ReLU(),
             )
@@ -122,18 +119,22 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 def to_network(images: Pixels, device: str = "cpu") -> Tensor:
     """uint8 (N, H, W, 3) as float (N, 3, H, W) in [-1, 1], channels last in memory."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
-    return pixels.float().div(127.5).sub(1)
+    # A copy, since torch cannot wrap the read-only memory of packed pixels.
+    return _scale(torch.from_numpy(np.array(images)).to(device))
+
+
+def _scale(pixels: Tensor) -> Tensor:
+    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def stage_statistics(network: EncoderNetwork, images: Pixels, device: str) -> npt.NDArray[np.float64]:
-    """Spatial mean and standard deviation of every channel of every stage: float64 (N, sum of 2 x channels)."""
+    """Spatial mean and log standard deviation of every channel of every stage: float64 (N, sum of 2 x channels)."""
     rows = []
     with torch.no_grad():
         for start in range(0, len(images), FEATURE_BATCH):
             activations = network(to_network(images[start : start + FEATURE_BATCH], device))
             moments = [torch.var_mean(activation, (2, 3), correction=0) for activation in activations]
-            rows.append(torch.cat([part for var, mean in moments for part in (mean, (var + 1e-6).sqrt())], 1))
+            rows.append(torch.cat([part for var, mean in moments for part in (mean, (var.sqrt() + 0.02).log())], 1))
     return torch.cat(rows).cpu().double().numpy()
 
 
@@ -170,7 +171,7 @@ class Encoder:
     def features(self, images: Pixels) -> Features:
         """Features of uint8 images (N, resolution, resolution, 3): float32 (N, dimensions).
 
-        Over the train reals their mean is 0 and their variance, averaged over the dimensions, 1.
+        Over the train reals their mean is 0 and their covariance the identity.
         """
         statistics = stage_statistics(self._network, images, "cpu")
         return np.asarray((statistics - self._center) @ self._projection, dtype=np.float32)
@@ -210,7 +211,7 @@ def train_encoder(
     train = manifest[manifest["split"] == "train"]
     if len(train) < 8:
         raise DataError(f"{manifest_path} has {len(train)} train images and the encoder needs 8; add images")
-    images = np.array(load_images(train, data_dir, config.resolution, cache_dir))
+    images = load_images(train, data_dir, config.resolution, cache_dir)
     network, losses = _train(images, out_dir / "state", config, seed, device)
     statistics = stage_statistics(network, images, device)
     center, projection, explained = fit_projection(statistics, config.width, config.dimensions)
@@ -238,12 +239,14 @@ def _train(
     model = BarlowTwins(config.width).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     losses: list[float] = []
-    if (state_dir / "meta.json").exists():
-        tensors, meta = load_checkpoint(state_dir, device)
+    fingerprint = {"config": config.model_dump(mode="json"), "seed": seed, "n_images": len(images)}
+    saved = _saved_state(state_dir, fingerprint, device)
+    if saved is not None:
+        tensors, meta = saved
         model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
         restore_optimizer("optimizer", optimizer, tensors)
         losses = meta["losses"]
-    pixels = to_network(images, device)
+    pixels = torch.from_numpy(np.array(images)).to(device)
     batch = min(config.batch_size, len(images))
     model.train()
     with progress("train-encoder", config.steps, "steps", done=len(losses)) as advance:
@@ -251,7 +254,7 @@ def _train(
             rng = np.random.default_rng([seed, step])
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config.steps)
-            chosen = pixels[torch.from_numpy(rng.choice(len(images), batch, replace=False)).to(device)]
+            chosen = _scale(pixels[torch.from_numpy(rng.choice(len(images), batch, replace=False)).to(device)])
             loss = barlow_twins_loss(model(augment(chosen, rng)), model(augment(chosen, rng)))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -260,8 +263,19 @@ def _train(
             advance(note=f"loss {losses[-1]:.2f}")
             if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 and step + 1 < config.steps:
                 weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-                save_checkpoint(state_dir, weights | flatten_optimizer("optimizer", optimizer), {"losses": losses})
+                tensors = weights | flatten_optimizer("optimizer", optimizer)
+                save_checkpoint(state_dir, tensors, {**fingerprint, "losses": losses})
     return model.encoder.eval(), losses
+
+
+def _saved_state(
+    folder: Path, fingerprint: dict[str, Any], device: str
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The training state in `folder`, if it is there and of the same training."""
+    if not (folder / "meta.json").exists():
+        return None
+    tensors, meta = load_checkpoint(folder, device)
+    return (tensors, meta) if {key: meta.get(key) for key in fingerprint} == fingerprint else None
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -275,11 +289,14 @@ def _schedule(step: int, steps: int) -> float:
 def fit_projection(
     statistics: npt.NDArray[np.float64], width: int, dimensions: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-    """Principal components of the train reals' stage statistics, each stage given an equal share of the variance.
+    """Whitened principal components of the train reals' stage statistics, each stage an equal share of the variance.
+
+    Whitening keeps a few directions (skin tone, lighting) from drowning the rest: on the sample data and HAM10000 it
+    raises the neighbours' accuracy and lowers the noise of KID against its distance between classes.
 
     Returns:
         Center (S,), projection (S, D) with D = min(dimensions, N - 1, S), and the share of variance kept.
-        Projected train reals have mean 0 and an average variance of 1 a dimension.
+        Projected train reals have mean 0 and covariance 1.
     """
     sizes = np.concatenate([np.full(2 * width * 2**stage, 2 * width * 2**stage) for stage in range(STAGES)])
     center = statistics.mean(0)
@@ -289,5 +306,5 @@ def fit_projection(
     kept = min(dimensions, len(statistics) - 1, len(values))
     # An eigenvector's sign is arbitrary; fix it so that equal inputs give equal bytes on every machine.
     vectors = vectors[:, :kept] * np.sign(vectors[np.abs(vectors[:, :kept]).argmax(0), np.arange(kept)])
-    scale = 1 / np.sqrt(max(values[:kept].mean(), 1e-12))
-    return center, weight[:, None] * vectors * scale, float(values[:kept].sum() / max(values.sum(), 1e-12))
+    whitened = weight[:, None] * vectors / np.sqrt(np.maximum(values[:kept], 1e-12))
+    return center, whitened, float(values[:kept].sum() / max(values.sum(), 1e-12))

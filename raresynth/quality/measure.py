@@ -92,7 +92,7 @@ def measure(
         recall=halves.proportion("recall"),
         density=halves.proportion("density"),
         coverage=halves.proportion("coverage"),
-        copying=_copying(fakes, synthetic_dir.parent, train, unseen, data_dir, cache_dir),
+        copying=_copying(fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, cache_dir),
         binding_copying=binding,
         fid=fid,
         notes=[note for note in (_binding_note(label, config) if binding else None, fid_note) if note],
@@ -285,13 +285,18 @@ def _copying(
     train: pd.DataFrame,
     unseen: pd.DataFrame,
     data_dir: Path,
+    threshold: float,
     cache_dir: Path | None,
 ) -> Copying:
     def pixels(frame: pd.DataFrame, root: Path) -> Pixels:
         return load_images(frame, root, copying.SIDE, cache_dir)
 
     figures = copying.check_copying(
-        pixels(fakes, synthetic_root), pixels(train, data_dir), _numbers(train["group"]), pixels(unseen, data_dir)
+        pixels(fakes, synthetic_root),
+        pixels(train, data_dir),
+        _numbers(train["group"]),
+        pixels(unseen, data_dir),
+        threshold,
     )
     low, high = copying.wilson_interval(figures.n_near_copies, len(fakes))
     shown = zip(fakes["path"][:SHOWN], figures.nearest, figures.relative, strict=False)
@@ -299,7 +304,7 @@ def _copying(
         near_copy_share=figures.n_near_copies / len(fakes),
         low=low,
         high=high,
-        threshold=figures.threshold,
+        threshold=threshold,
         authenticity=figures.authenticity,
         c_t=figures.c_t,
         nearest=[

@@ -45,7 +45,7 @@ class NearestReal(Report):
     train: str
     """Path relative to the data folder."""
     distance: float
-    """In units of the near-copy threshold: under 1 counts as a copy."""
+    """Relative to the mean distance of the next five groups: 1 is no nearer than those, 0 is a copy."""
 
 
 class Copying(Report):
@@ -56,7 +56,7 @@ class Copying(Report):
     high: float
     """95 % interval of the share."""
     threshold: float
-    """Distances under it count as near copies."""
+    """Relative distances under it count as near copies."""
     authenticity: float
     """Share of synthetic images farther from their nearest train image than that one is from the other reals."""
     c_t: float
