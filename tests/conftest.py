@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 
 from raresynth import flow
@@ -67,10 +66,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> flow.Run:
     """A finished run of the whole flow, at settings so small that its generators learn next to nothing."""
     run = flow.Run(tiny_data, tmp_path_factory.mktemp("run") / "store", Params.model_validate(TINY_PARAMS))
-    threads = torch.get_num_threads()
     for stage in flow.STAGES:
         flow.execute_all(stage, run)
-    torch.set_num_threads(threads)
     return run
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raresynth.errors import CheckpointError
-from raresynth.report.words import headline
+from raresynth.report.words import ACCEPTED, headline
 
 
 def summarize(store: Path) -> str:
@@ -34,12 +34,14 @@ def _read(path: Path) -> Any:
 def _classes(classes: dict[str, Any]) -> list[str]:
     if not classes:
         return ["No class needed synthetic images."]
-    return [f"- {label}: {entry['decision']}: {_telling(entry['reasons'])}" for label, entry in classes.items()]
+    return [f"- {label} {entry['decision']}: {_telling(entry)}" for label, entry in classes.items()]
 
 
-def _telling(reasons: list[str]) -> str:
-    """The first reason that speaks against the class, else the first."""
-    return next((reason for reason in reasons if not reason.endswith(": met")), reasons[0])
+def _telling(entry: dict[str, Any]) -> str:
+    """The reason that decided: a limit that was missed, else one that was not met for certain."""
+    if entry["decision"] == ACCEPTED:
+        return str(entry["reasons"][0])
+    return str(min(entry["reasons"], key=lambda reason: (not reason.endswith(": missed"), reason.endswith(": met"))))
 
 
 def _arms(evaluation: dict[str, Any]) -> list[str]:
