@@ -173,3 +173,10 @@ def test_classes_are_counted_in_every_split():
         "1": {"train": 0, "val": 1, "test": 0},
         "null": {"train": 1, "val": 0, "test": 0},
     }
+
+
+def test_sixteen_bit_grey_keeps_its_range() -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = decode_image(encode(Image.fromarray(ramp), "PNG"), 64)
+    assert np.abs(pixels[..., 0].astype(int) - (ramp >> 8)).max() <= 1
+    assert (pixels[..., 0] == pixels[..., 2]).all()

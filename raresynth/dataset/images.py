@@ -35,7 +35,7 @@ def decode_image(source: Path | bytes, resolution: int) -> Pixels:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             # JPEG files far larger than needed are decoded at a reduced scale, never below twice the target.
             image.draft("RGB", (2 * resolution, 2 * resolution))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         name = "image" if isinstance(source, bytes) else str(source)
         raise DataError(f"{name} cannot be decoded ({error}); replace or remove it") from error
@@ -44,6 +44,13 @@ def decode_image(source: Path | bytes, resolution: int) -> Pixels:
     box = (left, top, left + side, top + side)
     square = upright.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
     return np.asarray(square, dtype=np.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel; PIL alone would clip 16-bit grey images, as scanners write them, to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir: Path | None = None) -> Pixels:
