@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 48
+LEFT, RIGHT, TOP, BOTTOM = 58, 22, 12, 48
 TICKS = 5
 MARKED_POINTS = 12
 """A line of at most so many points shows them."""
