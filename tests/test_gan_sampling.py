@@ -1,10 +1,12 @@
 import json
 import subprocess
 import sys
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from raresynth.config import GanConfig
@@ -20,7 +22,11 @@ from raresynth.lineage import save_checkpoint, sha256_file
 @pytest.fixture(scope="module")
 def generator_dir(tmp_path_factory):
     settings = resolve(GanConfig(resolution=32, latent_dim=8, width=4))
-    tensors = {f"generator.{k}": t for k, t in build(settings, 0, "cpu").generator_ema.state_dict().items()}
+    generator = build(settings, 0, "cpu").generator_ema
+    torch.manual_seed(0)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tensors = {f"generator.{k}": t for k, t in generator.state_dict().items()}
     architecture = settings.model_dump(include={"resolution", "latent_dim", "width", "generator_conv", "discriminator"})
     folder = tmp_path_factory.mktemp("generator") / "df"
     save_checkpoint(folder, tensors, {"architecture": architecture, "label": "df"})
@@ -71,8 +77,6 @@ def test_png_is_lossless_names_its_origin_and_is_deterministic():
     origin = Provenance("ab" * 32, "Kératose “séborrhéique”", 1, 2)
     png = encode_png(pixels, origin)
     assert png == encode_png(pixels, origin)
-    from io import BytesIO
-
     image = Image.open(BytesIO(png))
     assert np.array_equal(np.asarray(image), pixels)
     assert image.text == {

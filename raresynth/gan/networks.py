@@ -20,19 +20,25 @@ def _channels(width: int, side: int, resolution: int) -> int:
 
 
 class SeparableUp(nn.Sequential):
-    """Twice the side: pointwise, nearest upsampling, depthwise 3x3, BatchNorm, ReLU.
+    """Twice the side by two depthwise-separable convolutions: pointwise, (nearest upsampling,) depthwise 3x3.
 
-    The pointwise convolution commutes with nearest upsampling, so it runs on the small map, at a quarter of the cost.
+    A pointwise convolution commutes with nearest upsampling, so the first runs on the small map, at a quarter of the
+    cost. BatchNorm and ReLU follow each.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(
             nn.Conv2d(channels_in, channels_out, 1, bias=False),
             nn.Upsample(scale_factor=2),
-            nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(inplace=True),
+            *_depthwise(channels_out),
+            nn.Conv2d(channels_out, channels_out, 1, bias=False),
+            *_depthwise(channels_out),
         )
+
+
+def _depthwise(channels: int) -> list[nn.Module]:
+    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+    return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 
 class DenseUp(nn.Sequential):
@@ -80,17 +86,17 @@ class Discriminator(nn.Module):
         patch = head == "patch"
         smallest = PATCH if patch else BASE
         self.blocks = nn.Sequential()
-        channels, side, out = 3, resolution, width
+        channels, side = 3, resolution
         while side > smallest:
             side //= 2
+            out = _channels(width, side, resolution)
             norm = nn.Identity() if patch or side == resolution // 2 else nn.BatchNorm2d(out)
             conv = nn.Conv2d(channels, out, 4, stride=2, padding=1)
             self.blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(LEAK, inplace=True)))
-            channels, out = out, min(out * 2, width * MAX_FACTOR)
-        if patch:
-            conv = nn.Conv2d(channels, out, 3, padding=1)
-            self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(LEAK, inplace=True)))
             channels = out
+        if patch:
+            conv = nn.Conv2d(channels, channels, 3, padding=1)
+            self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(LEAK, inplace=True)))
         self.features = channels * smallest**2
         self.head = nn.Conv2d(channels, 1, 3, padding=1) if patch else nn.Conv2d(channels, 1, BASE)
 
@@ -110,7 +116,7 @@ def pooled_features(features: Tensor) -> Tensor:
 
 
 def initialise(network: nn.Module) -> None:
-    """Weights that keep the signal's scale: DCGAN's N(0, 0.02) where BatchNorm rescales, He's normal where none does."""
+    """Weights that keep the signal's scale: DCGAN's N(0, 0.02) where BatchNorm rescales, He's where none does."""
     normalised = any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):

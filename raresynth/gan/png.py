@@ -1,4 +1,4 @@
-"""Synthetic images as files: the one rule from network output to pixels, and PNG that names its origin. Knows no torch."""
+"""Synthetic images as files: from network output to pixels, and to PNG that names its origin. Knows no torch."""
 
 import json
 from dataclasses import dataclass

@@ -73,6 +73,6 @@ def check_memory(settings: GanSettings, features: int) -> None:
     matrix_mb = features**2 * 4 / 2**20
     if settings.barlow == "full" and settings.barlow_alpha > 0 and matrix_mb > settings.memory_limit_mb:
         raise MemoryLimitError(
-            f"the full Barlow loss needs a {features} x {features} matrix of {matrix_mb:.0f} MB, over the limit "
-            f"gan.memory_limit_mb = {settings.memory_limit_mb}: set gan.barlow to pooled, lower gan.width or raise the limit"
+            f"the full Barlow loss needs a {features} x {features} matrix of {matrix_mb:.0f} MB, over "
+            f"gan.memory_limit_mb = {settings.memory_limit_mb}: set gan.barlow to pooled, lower gan.width or raise it"
         )
