@@ -20,6 +20,7 @@ from PIL import Image
 
 from raresynth import flow
 from raresynth.errors import CheckpointError, DataError
+from raresynth.quality.controls import Control, EncoderControls
 from raresynth.report.charts import UNIT, Axis, Line, line_chart
 from raresynth.report.findings import Findings, Sources, read_findings
 from raresynth.report.grids import GAP, read_tiles, sheet
@@ -221,11 +222,34 @@ def test_both_arms_are_compared_where_both_were_trained(findings: Findings, pict
             }
         ),
     )
-    text = Page(compose(both, pictures)).text
+    page = Page(compose(both, pictures))
+    text = page.text
     assert "The synthetic images help: the arm “real+synthetic” is released" in text
     assert "+2.0" in text and "−1.0 to +5.0" in text
     assert "ROC on test: real+synthetic" in text
-    assert text.count("rows are true classes") == 2
+    assert {"Confusion matrix of real", "Confusion matrix of real+synthetic"} <= {
+        attributes.get("aria-label") for attributes in page.all("div")
+    }
+
+
+def test_controls_of_the_encoder_are_shown_where_there_are_any(findings: Findings, pictures: Pictures) -> None:
+    control = Control(strengths=[0.0, 2.5], fd=[1.25, 8.5], spearman=1.0)
+    controls = EncoderControls(
+        blur=control,
+        noise=control,
+        jpeg=control,
+        dropped_modes=control,
+        neighbour_accuracy=0.625,
+        pixel_neighbour_accuracy=0.5,
+    )
+    for of, there, gone in (
+        (controls, "62.5 % of the time by these features", "too small to show that the encoder"),
+        (None, "too small to show that the encoder", "of the time by these features"),
+    ):
+        encoder = findings.encoder.model_copy(update={"controls": of})
+        text = Page(compose(replace(findings, encoder=encoder), pictures)).text
+        assert there in text and gone not in text
+        assert ("JPEG compression" in text) == (of is not None)
 
 
 def test_text_from_data_is_escaped(findings: Findings, pictures: Pictures) -> None:

@@ -16,6 +16,7 @@ from raresynth.config import Params
 from raresynth.dataset.manifest import SPLITS
 from raresynth.gan.training import GanReport
 from raresynth.lineage import write_text
+from raresynth.quality.controls import Control
 from raresynth.quality.reports import QualityReport
 from raresynth.report.charts import UNIT, Axis, Line, line_chart
 from raresynth.report.findings import Findings, Sources, read_findings
@@ -126,6 +127,7 @@ def compose(findings: Findings, pictures: Pictures) -> str:
         "number": number,
         "counted": counted,
         "words": enumerate_words,
+        "zip": lambda one, other: zip(one, other, strict=True),
         "place": lambda value, axis: f"{100 * axis.share(value):.2f}%",
     }
     evaluation, decisions = findings.evaluation, findings.decisions
@@ -149,6 +151,7 @@ def compose(findings: Findings, pictures: Pictures) -> str:
         gan_charts=[_gan_chart(report) for report in gans],
         encoder_chart=_encoder_chart(findings),
         arm_charts=_arm_charts(findings),
+        controls=_controls(findings),
         ratio_axis=_ratio_axis(findings.quality),
         metric_axis=_metric_axis(evaluation.arms, decisions["release"]["metric"]),
         difference_axis=_difference_axis(findings),
@@ -207,6 +210,8 @@ def notes(findings: Findings) -> Iterator[str]:
     if coarse:
         yield f"Few test images: {enumerate_words(coarse)}. Figures of such a class move in coarse steps."
     yield from dict.fromkeys(note for report in findings.quality.values() for note in report.notes)
+    if findings.encoder.controls is None:
+        yield "The val split is too small to show that the encoder sees what it should."
     if findings.quality:
         yield (
             "FD and KID are taken on this run's own encoder: they compare classes and runs of this data set, not with "
@@ -295,6 +300,19 @@ def _calibration(findings: Findings, arm: str) -> Line:
         [float(confidence[bins == b].mean()) for b in used],
         [float(correct[bins == b].mean()) for b in used],
     )
+
+
+def _controls(findings: Findings) -> list[tuple[str, str, Control]]:
+    """Each control of the encoder with its name and the unit of its strengths."""
+    controls = findings.encoder.controls
+    if controls is None:
+        return []
+    return [
+        ("blur", "standard deviation in pixels", controls.blur),
+        ("noise", "standard deviation in grey levels", controls.noise),
+        ("JPEG compression", "100 − quality", controls.jpeg),
+        ("missing modes", "of 8 clusters", controls.dropped_modes),
+    ]
 
 
 def _ratio_axis(quality: Mapping[str, QualityReport]) -> Axis:
