@@ -1,5 +1,11 @@
 """Data and a finished run that several test files share."""
 
+import os
+
+# Read when numpy and torch are loaded, here and in the processes that tests start. On networks this small a second
+# thread only waits, and on a busy machine it waits long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +15,11 @@ import pytest
 from PIL import Image
 
 from raresynth import flow
-from raresynth.config import Params
+from raresynth.config import DatasetConfig, EncoderConfig, Params
+from raresynth.dataset.importers import build_manifest
 from raresynth.dataset.manifest import write_manifest
 from raresynth.dataset.sample import TINY_CLASS, draw_class, draw_sample, write_sample
+from raresynth.quality.encoder import train_encoder
 
 TINY_SIZES = {"nevus": 64, "keratosis": 44, "vascular": 30, TINY_CLASS: 4}
 """Images of each class of the tiny set; the last is too small to be kept."""
@@ -89,4 +97,20 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_manifest(folder / "manifest.csv", manifest)
     manifest[manifest["label"] == "red"].to_csv(folder / "accepted.csv", index=False)
     manifest[:0].to_csv(folder / "none.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_manifest(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of the sample data set."""
+    folder = tmp_path_factory.mktemp("sample_manifest")
+    build_manifest(sample_data, folder, DatasetConfig(), 0)
+    return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def trained_encoder(sample_data: Path, sample_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder trained on the sample data, briefly but long enough to be of use."""
+    folder = tmp_path_factory.mktemp("encoder") / "encoder"
+    train_encoder(sample_data, sample_manifest, folder, EncoderConfig(width=16, steps=150), 0, "cpu", None)
     return folder
