@@ -152,7 +152,7 @@ class QualityConfig(Config):
     """With fewer held-out reals a class is measured against train + val reals."""
     max_images: PositiveCount = 2000
     """Most images a side that enter a figure."""
-    real_splits: PositiveCount = 20
+    real_splits: Annotated[int, Field(ge=10)] = 100
     """Random real-real splits behind a floor."""
     inception: str = "none"
     """pytorch-fid's Inception weights: auto, none, or the path of a local file."""
@@ -161,13 +161,13 @@ class QualityConfig(Config):
 class GateConfig(Config):
     """Limits of the class gate; calibrated in tests/test_gate.py, see docs in quality/gate.py."""
 
-    fd_ratio: Positive = 0.35
-    kid_ratio: Positive = 0.25
-    coverage_ratio: Share = 0.7
+    fd_ratio: Positive = 0.5
+    kid_ratio: Positive = 0.5
+    coverage_ratio: Share = 0.6
     c_t: float = -3.0
-    near_copy_distance: Share = 0.65
+    near_copy_distance: Share = 0.5
     """A near copy lies nearer to a train image than this part of the distance to the next ones."""
-    near_copy_share: Share = 0.02
+    near_copy_share: Share = 0.025
 
 
 class ClassifierConfig(Config):

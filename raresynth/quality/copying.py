@@ -16,7 +16,7 @@ from raresynth.dataset.images import Pixels
 SIDE = 32
 """Side in pixels of the images that are compared."""
 MARGIN = 2
-"""Shifts of -2, 0 and 2 pixels each way are tried."""
+"""Shifts of up to 2 pixels each way are tried."""
 CELL = 4
 """Pixels are averaged over cells of this side."""
 NEXT_GROUPS = 5
@@ -106,7 +106,7 @@ def _signatures(images: Pixels) -> npt.NDArray[np.float32]:
 def _distances(images: Pixels, reference: npt.NDArray[np.float32]) -> Array:
     """Least distance of each image (M, 32, 32, 3), over flips, turns and shifts, to each reference signature."""
     side = SIDE - 2 * MARGIN
-    offsets = range(0, 2 * MARGIN + 1, MARGIN)
+    offsets = range(2 * MARGIN + 1)
     least = np.full((len(images), len(reference)), np.inf, np.float32)
     square = np.square(reference).sum(1)
     for top in offsets:

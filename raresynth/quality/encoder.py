@@ -20,6 +20,7 @@ from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
 from raresynth.lineage import Report, load_checkpoint, save_checkpoint, write_report
 from raresynth.progress import progress
+from raresynth.quality.controls import EncoderControls, check_encoder
 from raresynth.training_state import flatten_optimizer, restore_optimizer
 
 Features = npt.NDArray[np.float32]
@@ -189,6 +190,8 @@ class EncoderReport(Report):
     """Training loss, averaged over each of up to 100 equal parts of the run."""
     explained_variance: float
     """Share of the train reals' variance that the kept components hold."""
+    controls: EncoderControls | None
+    """None where the val split is too small to measure them."""
 
 
 def train_encoder(
@@ -219,6 +222,15 @@ def train_encoder(
     tensors |= {"center": torch.from_numpy(center), "projection": torch.from_numpy(projection)}
     meta = {"kind": "encoder", "width": config.width, "resolution": config.resolution}
     sha256 = save_checkpoint(out_dir, tensors, meta)
+    val = manifest[manifest["split"] == "val"]
+    controls = check_encoder(
+        Encoder.load(out_dir).features,
+        images,
+        train["label"].to_numpy(dtype=str),
+        load_images(val, data_dir, config.resolution, cache_dir),
+        val["label"].to_numpy(dtype=str),
+        seed,
+    )
     report = EncoderReport(
         encoder_sha256=sha256,
         n_images=len(images),
@@ -227,6 +239,7 @@ def train_encoder(
         steps=config.steps,
         losses=[float(part.mean()) for part in np.array_split(np.asarray(losses), min(100, len(losses)))],
         explained_variance=explained,
+        controls=controls,
     )
     write_report(out_dir / "report.json", report)
     return report
@@ -259,7 +272,7 @@ def _train(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             advance(note=f"loss {losses[-1]:.2f}")
             if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 and step + 1 < config.steps:
                 weights = {f"model.{name}": value for name, value in model.state_dict().items()}

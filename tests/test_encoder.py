@@ -1,0 +1,99 @@
+"""The encoder: its loss by hand, what it sees, and a training that a kill does not change."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from raresynth.config import EncoderConfig
+from raresynth.dataset.images import load_images
+from raresynth.dataset.manifest import read_manifest
+from raresynth.errors import CheckpointError, DataError
+from raresynth.lineage import read_report, save_checkpoint, sha256_file
+from raresynth.quality.encoder import Encoder, EncoderReport, barlow_twins_loss, train_encoder
+
+
+def test_loss_by_hand():
+    """Two features, two images; standardised, the views' features are (1, -1) and (1, -1) or their negatives."""
+    first = torch.tensor([[1.0, 5.0], [3.0, 1.0]])
+    second = torch.tensor([[2.0, 4.0], [8.0, 6.0]])
+    # Standardised columns: first (-1, 1), (1, -1); second (-1, 1), (-1, 1): C = [[1, 1], [-1, -1]].
+    expected = (1 - 1) ** 2 + (1 + 1) ** 2 + 5e-3 * (1 + 1)
+    assert barlow_twins_loss(first, second).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_features_of_train_reals_are_white(sample_data, sample_manifest, trained_encoder):
+    encoder = Encoder.load(trained_encoder)
+    manifest = read_manifest(sample_manifest)
+    train = load_images(manifest[manifest["split"] == "train"], sample_data, encoder.resolution)
+    features = encoder.features(train)
+    assert features.dtype == np.float32
+    assert features.shape == (len(train), encoder.dimensions) == (len(train), 32)
+    np.testing.assert_allclose(features.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(features, rowvar=False), np.eye(32), atol=1e-2)
+
+
+def test_controls(trained_encoder):
+    """FD rises with every kind of damage, and neighbours share labels more often than by raw pixels."""
+    report = read_report(trained_encoder / "report.json", EncoderReport)
+    controls = report.controls
+    assert controls is not None
+    for control in (controls.blur, controls.noise, controls.jpeg, controls.dropped_modes):
+        assert control.spearman >= 0.9, control
+    assert controls.neighbour_accuracy > controls.pixel_neighbour_accuracy
+    assert report.losses[-1] < report.losses[0] / 2
+    assert report.encoder_sha256 == sha256_file(trained_encoder / "weights.safetensors")
+    assert not (trained_encoder / "state").exists()
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+import torch
+from raresynth.config import EncoderConfig
+from raresynth.quality import encoder
+torch.set_num_threads(1)
+encoder.CHECKPOINT_EVERY_STEPS = 5
+data, manifest, out = map(Path, sys.argv[1:])
+config = EncoderConfig(width=4, steps=int(40), batch_size=16)
+encoder.train_encoder(data, manifest, out, config, 3, "cpu", None)
+"""
+
+
+def test_a_killed_training_ends_in_the_same_bytes(squares, tmp_path):
+    def start(out):
+        command = [sys.executable, "-c", TRAIN, str(squares), str(squares / "manifest.csv"), str(out)]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = start(tmp_path / "killed")
+    while not (tmp_path / "killed" / "state" / "meta.json").exists() and killed.poll() is None:
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "report.json").exists()
+    assert start(tmp_path / "killed").wait() == 0
+    for name in ("weights.safetensors", "meta.json", "report.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_state_of_another_training_is_not_used(squares, tmp_path):
+    """A changed knob starts afresh instead of going on from weights that do not fit."""
+    save_checkpoint(tmp_path / "out" / "state", {"model.x": torch.zeros(1)}, {"config": {}, "losses": [1.0]})
+    config = EncoderConfig(width=4, steps=2, batch_size=16)
+    report = train_encoder(squares, squares / "manifest.csv", tmp_path / "out", config, 0, "cpu", None)
+    assert len(report.losses) == 2
+
+
+def test_errors_name_what_is_wrong(squares, tmp_path):
+    lines = (squares / "manifest.csv").read_text().splitlines()
+    (tmp_path / "few.csv").write_text("\n".join(lines[:4]) + "\n")
+    with pytest.raises(DataError, match="3 train images"):
+        train_encoder(squares, tmp_path / "few.csv", tmp_path / "out", EncoderConfig(), 0, "cpu", None)
+    save_checkpoint(tmp_path / "generator", {"x": torch.zeros(1)}, {"kind": "generator"})
+    with pytest.raises(CheckpointError, match="holds no encoder"):
+        Encoder.load(tmp_path / "generator")

@@ -1,0 +1,188 @@
+"""The class gate: its rule on written figures, and its limits calibrated on images whose worth is known."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from raresynth.config import GateConfig, QualityConfig
+from raresynth.dataset.images import Pixels, decode_image, load_images
+from raresynth.dataset.manifest import read_manifest
+from raresynth.dataset.sample import draw_class
+from raresynth.quality.controls import blurred
+from raresynth.quality.gate import decide
+from raresynth.quality.measure import measure
+from raresynth.quality.reports import Copying, Distance, FailedClass, Proportion, QualityReport
+
+SIDE = 32
+
+
+def jittered(images: Pixels, rng: np.random.Generator) -> Pixels:
+    """Copies as a generator might make them: turned, mirrored, shifted by up to 2 pixels, recoloured and noisy."""
+    copies = []
+    for image in images:
+        padded = Image.fromarray(np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect"))
+        left, top = rng.uniform(0, 4, 2)
+        shifted = padded.transform(
+            (SIDE, SIDE), Image.Transform.AFFINE, (1, 0, left, 0, 1, top), Image.Resampling.BICUBIC
+        )
+        copy = np.rot90(np.asarray(shifted), rng.integers(4)).astype(float)
+        copy = copy[:, ::-1] if rng.random() < 0.5 else copy
+        copy = copy * rng.uniform(0.9, 1.1) + rng.uniform(-12, 12) + rng.normal(0, 4, copy.shape)
+        copies.append(np.clip(copy + rng.uniform(-6, 6, 3), 0, 255).astype(np.uint8))
+    return np.stack(copies)
+
+
+def write_synthetic(images: Pixels, label: str, root: Path) -> Path:
+    """Images as `synthesize` leaves them."""
+    folder = root / label / "images"
+    folder.mkdir(parents=True)
+    rows = []
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:06d}.png")
+        path = f"{label}/images/{index:06d}.png"
+        rows.append((f"{label}-{index}", path, label, "none", 0, index, path, SIDE, SIDE))
+    columns = ["image_id", "path", "label", "generator", "seed", "index", "sha256", "width", "height"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder.parent / "manifest.csv", index=False)
+    return folder.parent
+
+
+@cache
+def fresh(label: str, n: int, code: int) -> Pixels:
+    """New images of a class of the sample data, of lesions that are in no split."""
+    return np.stack([decode_image(sample.jpeg or b"", SIDE) for sample in draw_class(label, n, code)])
+
+
+Judge = Callable[[str, Pixels], tuple[QualityReport, str, str]]
+
+
+@pytest.fixture
+def judge(sample_data: Path, sample_manifest: Path, trained_encoder: Path, tmp_path: Path) -> Judge:
+    """Measures and judges images as if they were synthetic ones of a class of the sample data."""
+
+    def run(label: str, images: Pixels) -> tuple[QualityReport, str, str]:
+        folder = write_synthetic(images, label, tmp_path / "synthetic")
+        report = measure(
+            sample_data,
+            sample_manifest,
+            trained_encoder,
+            folder,
+            label,
+            tmp_path,
+            QualityConfig(),
+            GateConfig(),
+            0,
+            None,
+        )
+        decision = decide([report], GateConfig())[label]
+        return report, decision.decision, "; ".join(decision.reasons)
+
+    return run
+
+
+@pytest.mark.parametrize(("label", "code"), [("dermatofibroma", 1001), ("vascular", 1002), ("keratosis", 1003)])
+def test_unseen_reals_are_accepted(judge: Judge, label: str, code: int) -> None:
+    _, decision, reasons = judge(label, fresh(label, 300, code))
+    assert decision == "accepted", reasons
+
+
+@pytest.mark.parametrize("label", ["dermatofibroma", "vascular"])
+def test_another_class_is_rejected(judge: Judge, label: str) -> None:
+    _, decision, reasons = judge(label, fresh("nevus", 300, 1004))
+    assert decision == "rejected", reasons
+
+
+def test_blurred_reals_are_rejected(judge: Judge) -> None:
+    _, decision, reasons = judge("vascular", blurred(fresh("vascular", 300, 1002), 2.0))
+    assert decision == "rejected", reasons
+
+
+def test_noise_is_rejected(judge: Judge) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, SIDE, SIDE, 3)).astype(np.uint8)
+    _, decision, reasons = judge("vascular", noise)
+    assert decision == "rejected", reasons
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+@pytest.mark.parametrize("label", ["dermatofibroma", "vascular"])
+def test_jittered_training_copies_are_rejected(
+    judge: Judge, sample_data: Path, sample_manifest: Path, label: str, share: float
+) -> None:
+    """Also where only one image in twenty is a copy and the rest are unseen reals."""
+    rng = np.random.default_rng(0)
+    manifest = read_manifest(sample_manifest)
+    train = manifest[(manifest["label"] == label) & (manifest["split"] == "train")]
+    n = round(400 * share)
+    copied = load_images(train, sample_data, SIDE)[rng.integers(0, len(train), n)]
+    images = np.concatenate([jittered(copied, rng), fresh(label, 400, 1002)[: 400 - n]])
+    report, decision, reasons = judge(label, images)
+    assert decision == "rejected", reasons
+    assert report.copying.low > GateConfig().near_copy_share
+    assert report.copying.near_copy_share == pytest.approx(share, abs=0.02)
+
+
+def _distance(ratio: float | None, low: float | None, high: float | None) -> Distance:
+    return Distance(
+        value=1, low=0, high=2, floor=0, other_label="b", other_value=4, ratio=ratio, ratio_low=low, ratio_high=high
+    )
+
+
+def _report(
+    fd: tuple[float | None, float | None, float | None] = (0.1, 0.0, 0.2),
+    near_copies: tuple[float, float, float] = (0.0, 0.0, 0.01),
+    c_t: float = 0.0,
+) -> QualityReport:
+    share = Proportion(value=0.9, low=0.8, high=1, real_real=0.9, ratio=1.0, ratio_low=0.9, ratio_high=1.1)
+    value, low, high = near_copies
+    return QualityReport(
+        label="a",
+        n_real=100,
+        n_fake=500,
+        n_compared=50,
+        real_splits="val",
+        encoder_sha256="0" * 64,
+        dimensions=32,
+        fd=_distance(*fd),
+        kid=_distance(0.1, 0.0, 0.2),
+        precision=share,
+        recall=share,
+        density=share,
+        coverage=share,
+        copying=Copying(
+            near_copy_share=value, low=low, high=high, threshold=0.65, authenticity=0.7, c_t=c_t, nearest=[]
+        ),
+        binding_copying=False,
+        fid=None,
+        notes=["A note."],
+    )
+
+
+@pytest.mark.parametrize(
+    ("report", "decision", "words"),
+    [
+        (_report(), "accepted", "FD ratio 0.1 (95 % interval 0 to 0.2), limit at most 0.5: met"),
+        (
+            _report(fd=(0.4, 0.2, 0.6)),
+            "insufficient",
+            "FD ratio 0.4 (95 % interval 0.2 to 0.6), limit at most 0.5",
+        ),
+        (_report(fd=(0.7, 0.6, 0.8)), "rejected", "FD ratio 0.7 (95 % interval 0.6 to 0.8), limit at most 0.5: missed"),
+        (_report(fd=(None, None, None)), "insufficient", "FD ratio cannot be told"),
+        (_report(near_copies=(0.05, 0.03, 0.08)), "rejected", "near-copy share 0.05"),
+        (_report(c_t=-4), "rejected", "C_T -4, limit at least -3: missed"),
+        (_report(fd=(0.4, 0.2, 0.6), c_t=-4), "rejected", "C_T"),
+        (FailedClass(label="a", reason="the generator collapsed at step 7"), "rejected", "collapsed at step 7"),
+    ],
+)
+def test_rule(report: QualityReport | FailedClass, decision: str, words: str) -> None:
+    found = decide([report], GateConfig())["a"]
+    assert found.decision == decision
+    assert any(words in reason for reason in found.reasons), found.reasons
+
+
+def test_notes_are_among_the_reasons() -> None:
+    assert "A note." in decide([_report()], GateConfig())["a"].reasons
