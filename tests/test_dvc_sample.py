@@ -91,7 +91,7 @@ def test_diff_shows_what_cleaning_changed(clone):
         number = int(path[-8:-4])
         if reason == "missing":
             expected["added"].add(f"data/{path}")
-        elif number > 930:
+        elif number > 1400:
             expected["deleted"].add(f"data/{path}")
         elif reason not in {"unknown_label", "conflicting_label"}:  # their defect lies in metadata.csv
             expected["modified"].add(f"data/{path}")
