@@ -3,7 +3,7 @@ import torch
 
 from raresynth.config import GanConfig
 from raresynth.errors import MemoryLimitError
-from raresynth.gan.augmentation import POLICIES, Policy, augment
+from raresynth.gan.augmentation import POLICIES, Policy, changed, symmetric
 from raresynth.gan.game import build
 from raresynth.gan.networks import Discriminator, Generator, pooled_features
 from raresynth.gan.presets import check_memory, resolve
@@ -86,8 +86,10 @@ def some_images(n=8, side=32):
 @pytest.mark.parametrize("policy", ["none", *POLICIES])
 def test_augmentation_depends_on_its_generator_alone_and_lets_gradients_through(policy):
     images = some_images().requires_grad_()
-    first = augment(images, policy, torch.Generator().manual_seed(1))
-    second = augment(images, policy, torch.Generator().manual_seed(1))
+    first, second = (
+        changed(symmetric(images, policy, rng), policy, rng)
+        for rng in (torch.Generator().manual_seed(1), torch.Generator().manual_seed(1))
+    )
     assert first.shape == images.shape
     assert torch.equal(first, second)
     torch.autograd.backward(first.square().sum())
@@ -95,49 +97,71 @@ def test_augmentation_depends_on_its_generator_alone_and_lets_gradients_through(
     assert images.grad.abs().sum() > 0
 
 
-def still(**changes) -> Policy:
-    return Policy(**{"quarter_turns": False, "rotation": 0.0, "translation": 0.0, "brightness": 0.0, "contrast": 0.0,
-                     "saturation": 0.0, "hue": 0.0, **changes})  # fmt: skip
-
-
-def test_geometry_without_rotation_is_flips_quarter_turns_and_whole_pixel_shifts(monkeypatch):
-    monkeypatch.setitem(POLICIES, "turns", still(quarter_turns=True))
-    images = some_images(32)
-    turned = augment(images, "turns", torch.Generator().manual_seed(3))
+@pytest.mark.parametrize(("policy", "count"), [("none", 1), ("paper", 2), ("dermoscopy", 8)])
+def test_symmetries_are_exactly_the_flips_and_quarter_turns(policy, count):
+    images = some_images(64)
     seen = set()
-    for image, out in zip(images, turned, strict=True):
+    for image, out in zip(images, symmetric(images, policy, torch.Generator().manual_seed(3)), strict=True):
         views = {(k, f): torch.rot90(image.flip(2) if f else image, k, (1, 2)) for k in range(4) for f in (False, True)}
-        matches = [name for name, view in views.items() if torch.allclose(view, out, atol=1e-4)]
+        matches = [name for name, view in views.items() if torch.equal(view, out)]
         assert len(matches) == 1
         seen.update(matches)
-    assert len(seen) == 8
-
-    monkeypatch.setitem(POLICIES, "shifts", still(translation=0.125))
-    shifted = augment(images, "shifts", torch.Generator().manual_seed(3))
-    for image, out in zip(images, shifted, strict=True):
-        inner = out[:, 8:24, 8:24]
-        # Away from the border every view is a window of the image or of its mirror image.
-        windows = [
-            torch.allclose(source[:, 8 + y : 24 + y, 8 + x : 24 + x], inner, atol=1e-4)
-            for source in (image, image.flip(2))
-            for y in range(-4, 5)
-            for x in range(-4, 5)
-        ]
-        assert sum(windows) == 1
+    assert len(seen) == count
+    assert policy != "paper" or seen == {(0, False), (0, True)}
 
 
-def test_colour_changes_are_small_and_grey_stays_grey_under_hue_and_saturation(monkeypatch):
-    monkeypatch.setitem(POLICIES, "colours", still(saturation=0.5, hue=0.25))
-    grey = torch.rand(4, 1, 32, 32).expand(4, 3, 32, 32) * 2 - 1
-    out = augment(grey, "colours", torch.Generator().manual_seed(0))
-    flipped = torch.where(
-        torch.isclose(out, grey, atol=1e-4).flatten(1).all(1)[:, None, None, None], grey, grey.flip(3)
-    )
-    torch.testing.assert_close(out, flipped, atol=1e-4, rtol=0)
+def change(images: torch.Tensor, monkeypatch, **ranges: float) -> torch.Tensor:
+    still = dict.fromkeys(("rotation", "shift", "brightness", "contrast", "saturation", "hue"), 0.0)
+    monkeypatch.setitem(POLICIES, "test", Policy(quarter_turns=False, **{**still, **ranges}))
+    return changed(images, "test", torch.Generator().manual_seed(0))
 
-    monkeypatch.setitem(POLICIES, "brighter", still(brightness=0.1))
+
+def test_without_ranges_nothing_changes(monkeypatch):
+    images = some_images()
+    torch.testing.assert_close(change(images, monkeypatch), images, atol=1e-5, rtol=0)
+
+
+def test_shifts_are_whole_pixels(monkeypatch):
+    images = some_images()
+    for image, out in zip(images, change(images, monkeypatch, shift=0.125), strict=True):
+        windows = [image[:, 8 + y : 24 + y, 8 + x : 24 + x] for y in range(-4, 5) for x in range(-4, 5)]
+        assert sum(torch.allclose(window, out[:, 8:24, 8:24], atol=1e-4) for window in windows) == 1
+
+
+def test_rotation_turns_about_the_centre_by_at_most_its_range(monkeypatch):
+    # A half plane: its edge passes the centre, so a point's side tells the angle.
+    images = torch.where(torch.arange(64) < 32, -1.0, 1.0).expand(16, 3, 64, 64)
+    out = change(images, monkeypatch, rotation=10.0)
+    offsets = (out[:, 0, 4] < 0).sum(1) - 32  # edge's shift, 27.5 pixels above the centre
+    assert offsets.abs().max() <= 27.5 * 0.1763 + 1  # tan 10 degrees
+    assert offsets.float().std() > 1
+    assert ((out[:, 0, 32] < 0).sum(1) - 32).abs().max() <= 1
+
+
+def test_grey_stays_grey_under_hue_and_saturation(monkeypatch):
+    grey = some_images()[:, :1].expand(8, 3, 32, 32)
+    torch.testing.assert_close(change(grey, monkeypatch, saturation=0.5, hue=0.25), grey, atol=1e-4, rtol=0)
+
+
+def test_hue_turns_colours_about_grey(monkeypatch):
+    images = some_images(32)
+    out = change(images, monkeypatch, hue=1.0)
+    assert not torch.allclose(out, images, atol=0.1)
+    torch.testing.assert_close(out.mean(1), images.mean(1), atol=1e-4, rtol=0)
+
+
+def test_brightness_is_a_factor_within_its_range(monkeypatch):
     flat = torch.zeros(64, 3, 32, 32)  # intensity 1/2
-    levels = (augment(flat, "brighter", torch.Generator().manual_seed(0)).mean((1, 2, 3)) + 1) / 2
+    levels = (change(flat, monkeypatch, brightness=0.1).mean((1, 2, 3)) + 1) / 2
     assert levels.min() >= 0.45 - 1e-6
     assert levels.max() <= 0.55 + 1e-6
     assert levels.std() > 0.01
+
+
+def test_contrast_keeps_the_mean_grey(monkeypatch):
+    images = some_images()
+    grey = torch.tensor([0.299, 0.587, 0.114])
+    out = change(images, monkeypatch, contrast=0.5)
+    means = [torch.einsum("c,nchw->n", grey, x) / 32**2 for x in (images, out)]
+    torch.testing.assert_close(means[0], means[1], atol=1e-4, rtol=0)
+    assert (out.flatten(1).std(1) / images.flatten(1).std(1) - 1).abs().max() > 0.05

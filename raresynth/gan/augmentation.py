@@ -1,7 +1,8 @@
 """Augmentations as batched, differentiable tensor maths.
 
-Whatever the policy, the discriminator sees real and generated images through it alike (as DiffAugment does),
-so a rotation or a tint never becomes part of what the generator learns to draw.
+Two kinds. Symmetries (flips, quarter turns) map real images to equally likely real images, so they are applied to
+the reals alone and the generator may learn them. Changes (rotation, shift, colour) would become part of what it
+draws, so the discriminator sees real and generated images through them alike, as in DiffAugment.
 """
 
 import math
@@ -14,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Policy:
-    """Ranges of the random draws, one draw an image."""
+    """Which symmetries there are, and the ranges of the changes; one random draw an image."""
 
     quarter_turns: bool
-    """Turn by 0, 90, 180 or 270 degrees: exact, and right for images without an up."""
+    """Turn by 0, 90, 180 or 270 degrees besides the horizontal flip: right for images without an up."""
     rotation: float
     """Largest rotation either way, degrees."""
-    translation: float
+    shift: float
     """Largest shift either way, part of the side, in whole pixels."""
     brightness: float
     contrast: float
@@ -34,14 +35,29 @@ POLICIES: dict[str, Policy] = {
     # Seed paper, section II.B: flip, rotation within 10 degrees, small colour changes.
     "paper": Policy(False, 10.0, 0.0, 0.1, 0.1, 0.1, 0.02),
     # Dermoscopy has no up, and colour is diagnostic, so it is changed less.
-    "dermoscopy": Policy(True, 0.0, 0.125, 0.05, 0.05, 0.05, 0.005),
+    "dermoscopy": Policy(True, 0.0, 0.0625, 0.05, 0.05, 0.05, 0.005),
 }
 
 _GREY = (0.299, 0.587, 0.114)
 
 
-def augment(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
-    """A random view of each image; `images` (N, 3, R, R) in [-1, 1], changed colours may leave that range slightly.
+def symmetric(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
+    """A random one of each real image's mirror images (and quarter turns); exact; `images` (N, 3, R, R)."""
+    if policy == "none":
+        return images
+    images = _some(images, images.flip(3), rng)
+    if POLICIES[policy].quarter_turns:  # with the other flip and the transpose: all eight symmetries of the square
+        images = _some(images, images.flip(2), rng)
+        images = _some(images, images.transpose(2, 3), rng)
+    return images
+
+
+def _some(images: Tensor, others: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.where(torch.rand(len(images), 1, 1, 1, generator=rng, device=rng.device) < 0.5, images, others)
+
+
+def changed(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
+    """Each image rotated, shifted and tinted at random; (N, 3, R, R) in [-1, 1], which tints may leave slightly.
 
     Args:
         policy: a name in `POLICIES`, or "none".
@@ -50,28 +66,25 @@ def augment(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
     if policy == "none":
         return images
     chosen = POLICIES[policy]
-    return _colour(_geometry(images, chosen, rng), chosen, rng)
+    return _tinted(_moved(images, chosen, rng), chosen, rng)
 
 
 def _uniform(n: int, limit: float, rng: torch.Generator) -> Tensor:
     return (torch.rand(n, generator=rng, device=rng.device) * 2.0 - 1.0) * limit
 
 
-def _geometry(images: Tensor, policy: Policy, rng: torch.Generator) -> Tensor:
-    """Flip, turn and shift in one bilinear resampling; what leaves the frame is mirrored in."""
+def _moved(images: Tensor, policy: Policy, rng: torch.Generator) -> Tensor:
+    """Rotate and shift in one bilinear resampling; what leaves the frame is mirrored in."""
     n, side = len(images), images.shape[-1]
-    flip = _uniform(n, 1.0, rng).sign()
     angle = _uniform(n, math.radians(policy.rotation), rng)
-    if policy.quarter_turns:
-        angle = angle + torch.randint(4, (n,), generator=rng, device=rng.device) * (math.pi / 2)
-    shift = (_uniform(2 * n, policy.translation * side, rng).round() * (2.0 / side)).view(2, n)
+    shift = (_uniform(2 * n, policy.shift * side, rng).round() * (2.0 / side)).view(2, n)
     cos, sin = angle.cos(), angle.sin()
-    matrix = torch.stack([cos * flip, -sin, shift[0], sin * flip, cos, shift[1]], 1).view(n, 2, 3)
+    matrix = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).view(n, 2, 3)
     grid = F.affine_grid(matrix, [n, 3, side, side], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _colour(images: Tensor, policy: Policy, rng: torch.Generator) -> Tensor:
+def _tinted(images: Tensor, policy: Policy, rng: torch.Generator) -> Tensor:
     """Brightness, contrast, saturation and hue as one affine map of RGB an image."""
     n = len(images)
     brightness, contrast, saturation = (

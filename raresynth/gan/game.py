@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raresynth.gan.augmentation import augment
+from raresynth.gan.augmentation import changed, symmetric
 from raresynth.gan.losses import barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
 from raresynth.gan.networks import Discriminator, Generator, initialise, pooled_features
 from raresynth.gan.presets import GanSettings
@@ -57,7 +57,7 @@ class Game:
         with self._autocast(rng.device):
             fake = networks.generator(latent).float()
 
-            real_logits, features = self._judge(real, rng)
+            real_logits, features = self._judge(self._symmetric(real, rng), rng)
             fake_logits, _ = self._judge(fake.detach(), rng)
             d_loss = discriminator_loss(real_logits, fake_logits, settings.label_smoothing)
             barlow = self._barlow(features, real, rng) if self.alpha > 0 else torch.zeros_like(d_loss)
@@ -78,9 +78,12 @@ class Game:
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
+    def _symmetric(self, real: Tensor, rng: torch.Generator) -> Tensor:
+        return symmetric(real, self.settings.augmentation, rng)
+
     def _judge(self, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The discriminator's logits and features of an augmented, noisy view of each image."""
-        seen = augment(images, self.settings.augmentation, rng)
+        """The discriminator's logits and features of a changed, noisy view of each image."""
+        seen = changed(images, self.settings.augmentation, rng)
         if self.settings.noise_std > 0:
             seen = seen + self.settings.noise_std * torch.randn(seen.shape, generator=rng, device=rng.device)
         logits, features = self.networks.discriminator(seen.contiguous(memory_format=torch.channels_last))
@@ -88,7 +91,7 @@ class Game:
 
     def _barlow(self, first_view: Tensor, real: Tensor, rng: torch.Generator) -> Tensor:
         """Equation 3 between the view already judged and a second one, divided by the number of features."""
-        second_view = self._judge(real, rng)[1]
+        second_view = self._judge(self._symmetric(real, rng), rng)[1]
         weight = self.settings.barlow_lambda
         with torch.autocast(rng.device.type, enabled=False):
             if self.settings.barlow == "full":

@@ -90,13 +90,13 @@ class Discriminator(nn.Module):
         while side > smallest:
             side //= 2
             out = _channels(width, side, resolution)
-            norm = nn.Identity() if patch or side == resolution // 2 else nn.BatchNorm2d(out)
+            norm = nn.Identity() if side == resolution // 2 else nn.BatchNorm2d(out)
             conv = nn.Conv2d(channels, out, 4, stride=2, padding=1)
             self.blocks.append(nn.Sequential(conv, norm, nn.LeakyReLU(LEAK, inplace=True)))
             channels = out
         if patch:
             conv = nn.Conv2d(channels, channels, 3, padding=1)
-            self.blocks.append(nn.Sequential(conv, nn.LeakyReLU(LEAK, inplace=True)))
+            self.blocks.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.LeakyReLU(LEAK, inplace=True)))
         self.features = channels * smallest**2
         self.head = nn.Conv2d(channels, 1, 3, padding=1) if patch else nn.Conv2d(channels, 1, BASE)
 
