@@ -88,7 +88,7 @@ class ValidationConfig(Config):
 class EncoderConfig(Config):
     resolution: Resolution = 32
     width: PositiveCount = 32
-    steps: PositiveCount = 600
+    steps: PositiveCount = 400
     batch_size: Annotated[int, Field(ge=8)] = 128
     learning_rate: Positive = 1e-3
     dimensions: PositiveCount = 32
@@ -99,19 +99,19 @@ class GanConfig(Config):
     """The generative adversarial network; knobs left at null take the preset's value."""
 
     preset: Literal["stgan-lite", "dcgan-base"] = "stgan-lite"
-    resolution: Resolution = 64
+    resolution: Resolution = 32
     latent_dim: PositiveCount = 128
-    width: PositiveCount = 32
+    width: PositiveCount = 24
     """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
     batch_size: PositiveCount = 32
     learning_rate: Positive = 2e-4
     betas: tuple[Share, Share] = (0.5, 0.999)
-    pretrain_kimg: Positive = 60.0
-    finetune_kimg: Positive = 8.0
+    pretrain_kimg: Positive = 40.0
+    finetune_kimg: Positive = 10.0
     ema_half_life_kimg: Positive = 2.0
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the networks' arithmetic; losses, penalties and weights are always fp32."""
-    augmentation: Literal["none", "paper", "dermoscopy"] = "paper"
+    augmentation: Literal["none", "paper", "dermoscopy"] = "dermoscopy"
     """What the discriminator sees images through: the seed paper's policy, or one with quarter turns and shifts."""
     barlow_alpha: Annotated[float, Field(ge=0.0)] | None = None
     """Weight of the Barlow Twins loss per feature in fine-tuning (equation 4); 0 switches it off."""
@@ -171,12 +171,12 @@ class GateConfig(Config):
 
 
 class ClassifierConfig(Config):
-    model: str = "resnet18"
+    model: str = "resnet10t"
     """Any timm model name."""
     weights: str = "scratch"
     """pretrained (as timm fetches them), scratch, or the path of a local safetensors file."""
-    resolution: Annotated[int, Field(ge=32)] = 64
-    steps: PositiveCount = 800
+    resolution: Annotated[int, Field(ge=32)] = 32
+    steps: PositiveCount = 150
     batch_size: Annotated[int, Field(ge=2)] = 64
     learning_rate: Positive = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
