@@ -163,7 +163,7 @@ class GateConfig(Config):
 
     fd_ratio: Positive = 0.5
     kid_ratio: Positive = 0.5
-    coverage_ratio: Share = 0.6
+    coverage_ratio: Share = 0.5
     c_t: float = -3.0
     near_copy_distance: Share = 0.5
     """A near copy lies nearer to a train image than this part of the distance to the next ones."""

@@ -81,7 +81,7 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
     share, z2 = count / n, Z_95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * float(np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (max(0.0, middle - half) if count else 0.0), (min(1.0, middle + half) if count < n else 1.0)
 
 
 def mann_whitney_z(first: Array, second: Array) -> float:

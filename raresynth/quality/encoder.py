@@ -172,7 +172,7 @@ class Encoder:
     def features(self, images: Pixels) -> Features:
         """Features of uint8 images (N, resolution, resolution, 3): float32 (N, dimensions).
 
-        Over the train reals their mean is 0 and their covariance the identity.
+        Over the train reals their mean is 0 and their variance, averaged over the dimensions, 1.
         """
         statistics = stage_statistics(self._network, images, "cpu")
         return np.asarray((statistics - self._center) @ self._projection, dtype=np.float32)
@@ -302,14 +302,16 @@ def _schedule(step: int, steps: int) -> float:
 def fit_projection(
     statistics: npt.NDArray[np.float64], width: int, dimensions: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float]:
-    """Whitened principal components of the train reals' stage statistics, each stage an equal share of the variance.
+    """Half-whitened principal components of the train reals' stage statistics.
 
-    Whitening keeps a few directions (skin tone, lighting) from drowning the rest: on the sample data and HAM10000 it
-    raises the neighbours' accuracy and lowers the noise of KID against its distance between classes.
+    Each stage has an equal share of the variance. A component is divided by the fourth root of its variance, half-way
+    between plain components, where a few directions (skin tone, lighting) drown the rest, and white ones, where the
+    last, which hold little but noise, count as much as the first.
+    Neighbours' balanced accuracy on the sample data: plain 0.63, half-way 0.70, white 0.65.
 
     Returns:
         Center (S,), projection (S, D) with D = min(dimensions, N - 1, S), and the share of variance kept.
-        Projected train reals have mean 0 and covariance 1.
+        Projected train reals have mean 0, uncorrelated dimensions, and a variance of 1 averaged over these.
     """
     sizes = np.concatenate([np.full(2 * width * 2**stage, 2 * width * 2**stage) for stage in range(STAGES)])
     center = statistics.mean(0)
@@ -319,5 +321,6 @@ def fit_projection(
     kept = min(dimensions, len(statistics) - 1, len(values))
     # An eigenvector's sign is arbitrary; fix it so that equal inputs give equal bytes on every machine.
     vectors = vectors[:, :kept] * np.sign(vectors[np.abs(vectors[:, :kept]).argmax(0), np.arange(kept)])
-    whitened = weight[:, None] * vectors / np.sqrt(np.maximum(values[:kept], 1e-12))
-    return center, whitened, float(values[:kept].sum() / max(values.sum(), 1e-12))
+    root = np.sqrt(np.maximum(values[:kept], 1e-12))
+    projection = weight[:, None] * vectors / np.sqrt(root * root.mean())
+    return center, projection, float(values[:kept].sum() / max(values.sum(), 1e-12))

@@ -68,7 +68,7 @@ def measure(
     }
     if not others:
         raise DataError(
-            f"{manifest_path} has no class besides {label} with {MIN_OTHER} images to compare with; add one"
+            f"{manifest_path} has no class but {label} with {MIN_OTHER} images; add another to compare with"
         )
     real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
     other_label = min(others, key=lambda name: kernel_distance(real_features, others[name]))
