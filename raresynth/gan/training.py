@@ -197,22 +197,22 @@ def _train(run: _Run, game: Game, images: Tensor, out_dir: Path, checkpoint_ever
     batches = Batches(len(images), settings.batch_size, run.seed, settings.wrap_batches)
     losses = torch.zeros(batches.steps(run.kimg * 1000), len(LOSSES), device=images.device)
     step = _restore(game, losses, state_dir, run.meta(images))
-    reason = None
+    collapse = None
     try:
         _loop(run, game, batches, images, losses, step, state_dir, checkpoint_every_s)
-    except TrainingCollapse as collapse:
-        reason = collapse
-    finished = len(losses) if reason is None else reason.step - 1
+    except TrainingCollapse as error:
+        collapse = error
+    finished = len(losses) if collapse is None else collapse.step - 1
     digest = None
-    if reason is None:
+    if collapse is None:
         networks = game.networks
         tensors = _named(generator=networks.generator_ema, discriminator=networks.discriminator)
         digest = _save_final(out_dir, tensors, run.meta(images))
     report = GanReport(
-        status="trained" if reason is None else "collapsed",
-        reason=None if reason is None else str(reason),
-        collapsed_step=None if reason is None else reason.step,
-        collapsed_loss=None if reason is None else reason.loss,
+        status="trained" if collapse is None else "collapsed",
+        reason=None if collapse is None else str(collapse),
+        collapsed_step=None if collapse is None else collapse.step,
+        collapsed_loss=None if collapse is None else collapse.loss,
         label=run.label,
         preset=settings.preset,
         settings=settings.model_dump(mode="json"),
