@@ -11,7 +11,8 @@ from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, write_manifest
 from raresynth.errors import CheckpointError, DataError
 from raresynth.lineage import load_checkpoint, read_report
-from raresynth.quality.measure import compare_halves, grouped_halves, measure
+from raresynth.quality.distances import Estimates
+from raresynth.quality.measure import compare_halves, grouped_halves, measure, nearest_other
 from raresynth.quality.reports import QualityReport
 
 LABEL = "vascular"
@@ -127,3 +128,17 @@ def test_standard_errors_of_halves_agree_with_independent_samples():
     assert np.all((ratio > 0.75) & (ratio < 1.5)), ratio
     # The excess over the floor is the squared distance of the means, without the bias of small samples.
     assert np.mean(found, 0) == pytest.approx([8 * 0.4**2, 8 * 1.0**2], rel=0.1)
+
+
+def test_a_class_that_cannot_be_told_apart_is_no_unit():
+    """A small class that seems nearest, but whose KID may as well be 0, is passed over and named."""
+
+    def kid(other: float, error: float) -> Estimates:
+        return Estimates(0.1, other, np.diag([0.01, error]) ** 2)
+
+    chosen, note = nearest_other("a", {"b": kid(0.3, 0.4), "c": kid(0.9, 0.1), "d": kid(2.0, 0.1)})
+    assert chosen == "c"
+    assert note is not None
+    assert "do not tell a from b" in note
+    assert nearest_other("a", {"b": kid(0.3, 0.05), "c": kid(0.9, 0.1)}) == ("b", None)
+    assert nearest_other("a", {"b": kid(0.3, 0.4), "c": kid(0.9, 1.0)}) == ("b", None)

@@ -71,9 +71,10 @@ def measure(
             f"{manifest_path} has no class but {label} with {MIN_OTHER} images; add another to compare with"
         )
     real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
-    other_label = min(others, key=lambda name: kernel_distance(real_features, others[name]))
     groups = _numbers(real["group"])
-    kid = kernel_distances(real_features, fake_features, others[other_label], groups)
+    kids = {name: kernel_distances(real_features, fake_features, other, groups) for name, other in others.items()}
+    other_label, other_note = nearest_other(label, kids)
+    kid = kids[other_label]
     halves = compare_halves(real_features, fake_features, others[other_label], groups, config.real_splits, seed)
     train = manifest[(manifest["label"] == label) & (manifest["split"] == "train")]
     unseen = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
@@ -95,7 +96,7 @@ def measure(
         copying=_copying(fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, cache_dir),
         binding_copying=binding,
         fid=fid,
-        notes=[note for note in (_binding_note(label, config) if binding else None, fid_note) if note],
+        notes=[note for note in (_binding_note(label, config) if binding else None, other_note, fid_note) if note],
     )
     write_report(out_dir / "report.json", report)
     return report
@@ -128,6 +129,19 @@ def _binding_note(label: str, config: QualityConfig) -> str:
         f"Class {label} has fewer than {config.min_held_out} held-out images, so its figures are taken against "
         "train + val reals, which a generator that copies would please: the copying check is binding."
     )
+
+
+def nearest_other(label: str, kids: Mapping[str, Estimates]) -> tuple[str, str | None]:
+    """The class of least KID to `label` of those clearly apart from it, and a sentence if a nearer one is not.
+
+    A class that these reals cannot tell from `label` gives no unit to measure synthetic images in.
+    """
+    nearest = min(kids, key=lambda name: kids[name].second)
+    apart = [name for name in kids if kids[name].ratio() is not None]
+    chosen = min(apart or kids, key=lambda name: kids[name].second)
+    if chosen == nearest:
+        return chosen, None
+    return chosen, f"So few reals do not tell {label} from {nearest}, so its distances are held against {chosen}."
 
 
 def _at_most(frame: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:

@@ -16,7 +16,7 @@ class Distance(Report):
     """The same distance between two random halves of the class's reals."""
     other_label: str
     other_value: float
-    """The same distance from the class's reals to those of the nearest other class."""
+    """The same distance from the class's reals to those of the nearest class that is clearly apart from it."""
     ratio: float | None
     """(value - floor) / (other_value - floor): 0 is as good as reals, 1 is as far off as another class.
     None where the other class cannot be told from this one."""
