@@ -101,9 +101,12 @@ def _stage(arguments: argparse.Namespace) -> None:
     known = flow.items(run, flow.STAGES[arguments.stage].each)
     if arguments.item is not None and arguments.item not in known:
         raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; choose from {', '.join(known)}")
-    for item in [arguments.item] if arguments.item is not None else known:
-        record = flow.execute(arguments.stage, run, item)
-        name = arguments.stage if item == flow.ALL else f"{arguments.stage} {item}"
+    if arguments.item is not None:
+        records = [flow.execute(arguments.stage, run, arguments.item)]
+    else:
+        records = flow.execute_all(arguments.stage, run)
+    for record in records:
+        name = record.stage if record.item == flow.ALL else f"{record.stage} {record.item}"
         print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
     if not known:
         print(f"{arguments.stage}: nothing to do, no class needs synthetic images")

@@ -29,10 +29,10 @@ class ComputeConfig(Config):
     """Where and how the heavy stages run. None of it changes what a stage is asked to do."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = 0
-    """CPU threads a training process uses; 0 takes all cores."""
-    parallel_tasks: PositiveCount = 1
-    """Iterations of a ParallelFor that run at once; fixed when the pipeline is compiled."""
+    threads: PositiveCount = 1
+    """CPU threads of one task. Small networks gain little from a second, and lose tenfold where its core is busy."""
+    parallel_tasks: PositiveCount = 2
+    """Classes or arms that run at once, each in a process of its own."""
     checkpoint_every_s: Positive = 30.0
     """Seconds between training checkpoints; a killed run loses at most this much work."""
 
@@ -88,7 +88,7 @@ class ValidationConfig(Config):
 class EncoderConfig(Config):
     resolution: Resolution = 32
     width: PositiveCount = 32
-    steps: PositiveCount = 400
+    steps: PositiveCount = 300
     batch_size: Annotated[int, Field(ge=8)] = 128
     learning_rate: Positive = 1e-3
     dimensions: PositiveCount = 32
@@ -106,7 +106,7 @@ class GanConfig(Config):
     batch_size: PositiveCount = 32
     learning_rate: Positive = 2e-4
     betas: tuple[Share, Share] = (0.5, 0.999)
-    pretrain_kimg: Positive = 40.0
+    pretrain_kimg: Positive = 30.0
     finetune_kimg: Positive = 10.0
     ema_half_life_kimg: Positive = 2.0
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -163,7 +163,7 @@ class GateConfig(Config):
 
     fd_ratio: Positive = 0.5
     kid_ratio: Positive = 0.5
-    coverage_ratio: Share = 0.5
+    coverage_ratio: Share = 0.6
     c_t: float = -3.0
     near_copy_distance: Share = 0.5
     """A near copy lies nearer to a train image than this part of the distance to the next ones."""

@@ -13,6 +13,10 @@ class DataError(RaresynthError):
     """The images or their metadata cannot be used as they are."""
 
 
+class TooFewImages(DataError):
+    """A class has too few images, real or synthetic, to be measured; other classes go on."""
+
+
 class CheckpointError(RaresynthError):
     """A checkpoint, weights file or bundle is missing, damaged or of another kind."""
 

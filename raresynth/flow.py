@@ -11,17 +11,21 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 from raresynth import lineage
 from raresynth.config import Params
-from raresynth.errors import CheckpointError, ParamsError
+from raresynth.errors import CheckpointError, ParamsError, TooFewImages
 
 ALL = "all"
 """Item of a stage that runs once."""
@@ -174,18 +178,21 @@ def _measure(task: Task) -> Outcome:
     from raresynth.quality.measure import measure
 
     run = task.run
-    measure(
-        run.data_dir,
-        task.manifest,
-        task.path("train-encoder"),
-        task.path("synthesize"),
-        task.item,
-        task.out_dir,
-        run.params.quality,
-        run.params.gate,
-        run.params.seed,
-        run.packed,
-    )
+    try:
+        measure(
+            run.data_dir,
+            task.manifest,
+            task.path("train-encoder"),
+            task.path("synthesize"),
+            task.item,
+            task.out_dir,
+            run.params.quality,
+            run.params.gate,
+            run.params.seed,
+            run.packed,
+        )
+    except TooFewImages as error:
+        return "skipped", str(error)
     return DONE
 
 
@@ -193,10 +200,16 @@ def _gate(task: Task) -> Outcome:
     from raresynth.quality.accepted import gate
 
     records = task.needs["measure"]
+
+    def reasons(status: str) -> dict[str, str]:
+        return {label: record.reason for label, record in records.items() if record.status == status}
+
+    measured = [label for label, record in records.items() if record.status == "done"]
     gate(
-        {label: task.path("measure", label) for label, record in records.items() if record.status == "done"},
-        {label: record.reason for label, record in records.items() if record.status == "failed"},
-        {label: task.path("synthesize", label) for label, record in records.items() if record.status == "done"},
+        {label: task.path("measure", label) for label in measured},
+        reasons("failed"),
+        reasons("skipped"),
+        {label: task.path("synthesize", label) for label in measured},
         task.out_dir,
         task.run.params.gate,
     )
@@ -456,6 +469,7 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     Raises:
         RaresynthError: an input is missing or cannot be used.
     """
+    limit_threads(run.params)
     spec = STAGES[stage]
     needs = _upstream(spec, run, item, given or {})
     inputs = {f"{name}/{of}": record.digest for name, records in needs.items() for of, record in records.items()}
@@ -488,8 +502,20 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
 
 
 def execute_all(stage: str, run: Run) -> list[Record]:
-    """Run one stage for all its items, one after the other."""
-    return [execute(stage, run, item) for item in items(run, STAGES[stage].each)]
+    """Run one stage for all its items, as many at once as params allow, each in a process of its own."""
+    todo = items(run, STAGES[stage].each)
+    workers = min(len(todo), run.params.compute.parallel_tasks)
+    if workers <= 1:
+        return [execute(stage, run, item) for item in todo]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(pool.map(execute, repeat(stage), repeat(run), todo))
+
+
+def limit_threads(params: Params) -> None:
+    """Keep a task to its threads; to be called before numerical libraries are loaded."""
+    os.environ["OMP_NUM_THREADS"] = str(params.compute.threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(params.compute.threads)
 
 
 def _upstream(spec: Stage, run: Run, item: str, given: Mapping[str, Path]) -> dict[str, dict[str, Record]]:

@@ -24,6 +24,7 @@ class GateReport(Report):
 def gate(
     quality_dirs: Mapping[str, Path],
     failed: Mapping[str, str],
+    unmeasured: Mapping[str, str],
     synthetic_dirs: Mapping[str, Path],
     out_dir: Path,
     config: GateConfig,
@@ -32,7 +33,8 @@ def gate(
 
     Args:
         quality_dirs: label -> folder that `measure` left.
-        failed: label -> why its images could not be made or measured.
+        failed: label -> why its images could not be made; such a class is rejected.
+        unmeasured: label -> why its images could not be measured; such a class stays insufficient.
         synthetic_dirs: label -> folder that `synthesize` left.
 
     Raises:
@@ -40,6 +42,9 @@ def gate(
     """
     reports = [read_report(folder / "report.json", QualityReport) for folder in quality_dirs.values()]
     decisions = decide([*reports, *(FailedClass(label=label, reason=why) for label, why in failed.items())], config)
+    decisions |= {
+        label: ClassDecision(label=label, decision="insufficient", reasons=[why]) for label, why in unmeasured.items()
+    }
     accepted = [label for label, decision in decisions.items() if decision.decision == "accepted"]
     frames = [
         pd.read_csv(synthetic_dirs[label] / "manifest.csv", dtype={"label": str, "image_id": str}) for label in accepted

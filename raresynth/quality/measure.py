@@ -11,7 +11,7 @@ import pandas as pd
 from raresynth.config import GateConfig, QualityConfig
 from raresynth.dataset.images import Pixels, load_images
 from raresynth.dataset.manifest import read_manifest
-from raresynth.errors import DataError
+from raresynth.errors import DataError, TooFewImages
 from raresynth.lineage import write_report
 from raresynth.quality import copying, inception
 from raresynth.quality.distances import Estimates, frechet_distance, kernel_distance, kernel_distances
@@ -48,7 +48,8 @@ def measure(
         synthetic_dir: folder with manifest.csv, whose paths are relative to the folder above.
 
     Raises:
-        DataError: the class has too few real or synthetic images to measure anything.
+        TooFewImages: the class has too few real or synthetic images to measure anything.
+        DataError: there is no other class to compare with.
         CheckpointError: the encoder or the Inception weights are missing or damaged.
     """
     manifest = read_manifest(manifest_path)
@@ -108,7 +109,7 @@ def _read_synthetic(path: Path, limit: int, seed: int) -> pd.DataFrame:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run synthesize first") from error
     if len(frame) < 2 * MIN_REAL:
-        raise DataError(f"{path} lists {len(frame)} images and measuring needs {2 * MIN_REAL}; synthesize more")
+        raise TooFewImages(f"{path} lists {len(frame)} images and measuring needs {2 * MIN_REAL}; synthesize more")
     return _at_most(frame, limit, seed)
 
 
@@ -117,7 +118,7 @@ def _reals(frame: pd.DataFrame, label: str, config: QualityConfig) -> tuple[pd.D
     binding = len(held_out) < config.min_held_out
     real = frame if binding else held_out
     if len(real) < MIN_REAL or real["group"].nunique() < MIN_GROUPS:
-        raise DataError(
+        raise TooFewImages(
             f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in train and val, and "
             f"measuring needs {MIN_REAL} of {MIN_GROUPS}; add images or raise validation.min_images"
         )
