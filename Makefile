@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test slow check lock
 
 demo: .venv/ready
-	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && python -P -m raresynth.report.summary runs/demo
+	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && raresynth report --out runs/demo
 
 test: .venv/ready
 	@pytest -m "not slow"

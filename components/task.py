@@ -32,16 +32,17 @@ def run(
         given: upstream stage -> path of its record artifact.
 
     Raises:
-        SystemExit: the user can cure what went wrong; the sentence has been printed.
+        SystemExit: the user can cure what went wrong; the sentence has been printed or handed to the local runner.
     """
     _attach_to_parent()
     opened = open_run(data, params, store)
     try:
         flow.execute(stage, opened, item, {name: Path(path) for name, path in given.items()})
     except RaresynthError as error:
-        print(f"raresynth: {error}", file=sys.stderr, flush=True)
-        if ERROR_FILE in os.environ:
+        if ERROR_FILE in os.environ:  # the local runner says it at the end
             Path(os.environ[ERROR_FILE]).write_text(str(error), encoding="utf-8")
+        else:
+            print(f"raresynth: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     Path(record).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(flow.record_path(opened.store, stage, item), record)

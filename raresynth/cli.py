@@ -108,6 +108,10 @@ def _stage(arguments: argparse.Namespace) -> None:
     for record in records:
         name = record.stage if record.item == flow.ALL else f"{record.stage} {record.item}"
         print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
+    if arguments.stage == "report":
+        from raresynth.report.summary import summarize
+
+        print(f"\n{summarize(run.store)}")
     if not known:
         print(f"{arguments.stage}: nothing to do, no class needs synthetic images")
 

@@ -103,11 +103,11 @@ class GanConfig(Config):
     latent_dim: PositiveCount = 128
     width: PositiveCount = 24
     """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
-    batch_size: PositiveCount = 32
+    batch_size: PositiveCount = 16
     learning_rate: Positive = 2e-4
     betas: tuple[Share, Share] = (0.5, 0.999)
     pretrain_kimg: Positive = 30.0
-    finetune_kimg: Positive = 10.0
+    finetune_kimg: Positive = 8.0
     ema_half_life_kimg: Positive = 2.0
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the networks' arithmetic; losses, penalties and weights are always fp32."""

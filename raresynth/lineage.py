@@ -75,7 +75,10 @@ def dvc_dir_md5(folder: Path) -> str:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit checked out in `folder` and whether its tracked files differ from it; (None, None) outside git."""
+    """Commit checked out in `folder` and whether its tracked files differ from it; (None, None) outside git.
+
+    dvc.lock does not count: it is what a run writes, not what it is made from.
+    """
 
     def git(*args: str) -> str | None:
         try:
@@ -87,7 +90,7 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return None, None
-    return commit, bool(git("status", "--porcelain", "--untracked-files=no"))
+    return commit, bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)dvc.lock"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,12 +52,15 @@ def test_an_error_inside_the_pipeline_is_one_sentence(tmp_path: Path, params: Pa
 
 
 def test_a_single_class_cannot_be_balanced(tmp_path: Path, params: Path) -> None:
-    folder = tmp_path / "data" / "only"
-    folder.mkdir(parents=True)
-    for value in range(30):
-        Image.new("RGB", (40, 40), (value * 8, 255 - value * 8, 90)).save(folder / f"{value}.png")
+    rng = np.random.default_rng(0)
+    for label, n in (("many", 30), ("few", 3)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(n):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{number}.png")
     done = run("run", "--data", tmp_path / "data", "--params", params, "--out", tmp_path / "out")
-    assert "class" in sentence(done)
+    assert "two are needed (dropped few: 3 usable images" in sentence(done)
+    assert "few" in (tmp_path / "out" / "validation" / "quarantine.csv").read_text()
 
 
 def test_a_stage_out_of_order_names_the_one_before(tmp_path: Path, params: Path) -> None:

@@ -82,10 +82,13 @@ def test_git_state_tells_a_dirty_tree(tmp_path: Path) -> None:
     assert lineage.git_state(tmp_path) == (None, None)
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     (tmp_path / "file").write_text("1")
+    (tmp_path / "dvc.lock").write_text("1")
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     commit, dirty = lineage.git_state(tmp_path)
     assert commit is not None and len(commit) == 40 and dirty is False
+    (tmp_path / "dvc.lock").write_text("2")
+    assert lineage.git_state(tmp_path) == (commit, False)
     (tmp_path / "file").write_text("2")
     assert lineage.git_state(tmp_path) == (commit, True)
 
