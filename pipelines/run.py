@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from raresynth.report.summary import summarize
-
 from components import task
 from raresynth.config import load_params
 from raresynth.errors import RaresynthError
+from raresynth.report.summary import summarize
 
 
 def main() -> int:
