@@ -28,6 +28,6 @@ check: .venv/ready
 
 # New locks after a change of dependencies; needs uv.
 lock:
-	@for extra in train serve cluster; do $(UV_COMPILE) --extra $$extra --output-file requirements/$$extra.txt; done
-	@$(UV_COMPILE) --all-extras --output-file requirements/dev.txt
-UV_COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header
+	@for extra in train serve cluster; do $(COMPILE) --extra $$extra --output-file requirements/$$extra.txt; done
+	@$(COMPILE) --all-extras --output-file requirements/dev.txt
+COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate

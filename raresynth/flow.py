@@ -26,6 +26,7 @@ from typing import Any, Literal
 from raresynth import lineage
 from raresynth.config import Params
 from raresynth.errors import CheckpointError, ParamsError, TooFewImages
+from raresynth.progress import lines_only
 
 ALL = "all"
 """Item of a stage that runs once."""
@@ -484,7 +485,8 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     out_dir = run.store / place
     if out_dir.exists() and not spec.resumes:
         shutil.rmtree(out_dir)
-    with _logged(run, stage if spec.each is None else f"{stage}/{item}"):
+    name = stage if spec.each is None else f"{stage}/{item}"
+    with _logged(run, name), lines_only(spec.each is not None and run.params.compute.parallel_tasks > 1):
         status, reason = _broken_input(stage, needs) or spec.call(Task(run, item, out_dir, key, needs))
     left = [*(p for p in sorted(out_dir.rglob("*")) if p.is_file()), *(run.store / name for name in spec.extra)]
     record = Record(

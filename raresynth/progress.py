@@ -4,9 +4,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 LINE_INTERVAL_S = 5.0
+_lines_only: ContextVar[bool] = ContextVar("lines_only", default=False)
 
 
 class Advance(Protocol):
@@ -31,11 +33,21 @@ def progress(description: str, total: int, unit: str, done: int = 0) -> Iterator
         unit: plural name of a unit, such as "images".
         done: units finished before this process started; they do not count towards the rate.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _lines_only.get():
         with _bar(description, total, unit, done) as advance:
             yield advance
     else:
         yield _lines(description, total, unit, done)
+
+
+@contextmanager
+def lines_only(wanted: bool) -> Iterator[None]:
+    """Lines on a terminal too, within the block: several tasks at once would draw their bars over each other."""
+    token = _lines_only.set(wanted)
+    try:
+        yield
+    finally:
+        _lines_only.reset(token)
 
 
 def _lines(description: str, total: int, unit: str, done: int) -> Advance:
