@@ -24,7 +24,7 @@ from raresynth.quality.encoder import train_encoder
 TINY_SIZES = {"nevus": 64, "keratosis": 44, "vascular": 30, TINY_CLASS: 4}
 """Images of each class of the tiny set; the last is too small to be kept."""
 TINY_PARAMS = {
-    "compute": {"device": "cpu"},
+    "compute": {"device": "cpu", "parallel_tasks": 1},
     "encoder": {"steps": 20, "width": 8, "batch_size": 32},
     "gan": {
         "resolution": 32,

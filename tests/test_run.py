@@ -53,7 +53,7 @@ def kill_while_training(process: subprocess.Popen[str], stage: Path) -> None:
 def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow.Run, tmp_path: Path) -> None:
     params = tmp_path / "params.yaml"
     values = tiny_run.params.model_dump(mode="json")
-    values["compute"]["checkpoint_every_s"] = 0.01
+    values["compute"] |= {"checkpoint_every_s": 0.01, "parallel_tasks": 2}
     params.write_text(yaml.safe_dump(values))
     out = tmp_path / "killed"
     for stage in ("train-encoder", "pretrain", "finetune", "train-classifier"):
