@@ -16,7 +16,7 @@ slow: .venv/ready
 	@pytest -m slow
 
 check: .venv/ready
-	@ruff check . && ruff format --check . && mypy && lint-imports
+	@ruff check --no-cache . && ruff format --check . && mypy && lint-imports
 
 # The environment: everything from the lock, each file checked against its hash.
 .venv/ready: requirements/dev.txt pyproject.toml

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from kfp import dsl
+
 from raresynth.report.summary import summarize
 
 
