@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from raresynth.flow import STAGES
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -36,10 +38,8 @@ def print_table(out: Path) -> None:
     log = json.loads((out / "run.json").read_text())
     print(f"{log['machine']['system']}, {log['machine']['cores']} cores, Python {platform.python_version()}\n")
     print("| stage | tasks | seconds, added up | peak memory of a task, MB |\n|---|---|---|---|")
-    stages: dict[str, list[dict[str, float]]] = {}
-    for name, entry in log["stages"].items():
-        stages.setdefault(name.split("/")[0], []).append(entry)
-    for name, entries in stages.items():
+    for name in STAGES:
+        entries = [entry for task, entry in log["stages"].items() if task.split("/")[0] == name]
         seconds, memory = sum(e["seconds"] for e in entries), max(e["peak_memory_mb"] for e in entries)
         print(f"| {name} | {len(entries)} | {seconds:.1f} | {memory:,.0f} |")
 

@@ -3,14 +3,12 @@
 import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from raresynth import flow
 from raresynth.config import Params
-from raresynth.errors import RaresynthError
+from raresynth.errors import RaresynthError, describe
 
 PARENT_PID = "RARESYNTH_PARENT_PID"
 CONSOLE = "RARESYNTH_CONSOLE"
@@ -38,11 +36,12 @@ def run(
     opened = open_run(data, params, store)
     try:
         flow.execute(stage, opened, item, {name: Path(path) for name, path in given.items()})
-    except RaresynthError as error:
+    except (RaresynthError, OSError) as error:
+        sentence = describe(error) if isinstance(error, OSError) else str(error)
         if ERROR_FILE in os.environ:  # the local runner says it at the end
-            Path(os.environ[ERROR_FILE]).write_text(str(error), encoding="utf-8")
+            Path(os.environ[ERROR_FILE]).write_text(sentence, encoding="utf-8")
         else:
-            print(f"raresynth: {error}", file=sys.stderr, flush=True)
+            print(f"raresynth: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     Path(record).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(flow.record_path(opened.store, stage, item), record)
@@ -55,13 +54,4 @@ def _attach_to_parent() -> None:
         # Line by line into the same terminal, pipe or file, past kfp's own log.
         sys.stderr = Path(os.environ[CONSOLE]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
     if PARENT_PID in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[PARENT_PID]),), daemon=True).start()
-
-
-def _end_with(pid: int) -> None:
-    while True:
-        time.sleep(0.5)
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            os._exit(1)
+        flow.end_with(int(os.environ[PARENT_PID]))

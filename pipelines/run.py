@@ -1,29 +1,35 @@
 """Run the augmentation pipeline on this machine: `python -m pipelines.run DATA PARAMS OUT`."""
 
 import contextlib
-import fcntl
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from components import task
 from raresynth.config import load_params
-from raresynth.errors import RaresynthError
+from raresynth.errors import RaresynthError, describe
+from raresynth.flow import only_run_of
 from raresynth.report.summary import summarize
 
 
 def main() -> int:
     """Run the pipeline; returns the exit code."""
     data, params_path, store = map(Path, sys.argv[1:4])
-    params = load_params(params_path)
     try:
-        with _only_run_of(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
+        params = load_params(params_path)
+        with only_run_of(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
+            _end_on_interrupt(scratch)
             error = _run_pipeline(data.resolve(), params.model_dump_json(), store.resolve(), Path(scratch))
     except RaresynthError as refused:
         error = str(refused)
+    except OSError as refused:
+        error = describe(refused)
     if error is not None:
         print(f"raresynth: {error}", file=sys.stderr)
         return 2
@@ -60,15 +66,19 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
     return None
 
 
-@contextlib.contextmanager
-def _only_run_of(store: Path) -> Iterator[None]:
-    store.mkdir(parents=True, exist_ok=True)
-    with (store / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
-        yield
+def _end_on_interrupt(scratch: str) -> None:
+    """On Ctrl-C end at once with one sentence; the tasks, which do not hear it themselves, end with this process."""
+    # Blocked in every thread from here on, so that it stays pending for sigwait; ignored by every process started.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGINT})
+        os.write(2, b"raresynth: interrupted; the same command goes on from here\n")
+        shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

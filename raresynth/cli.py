@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raresynth import flow
 from raresynth.config import load_params
-from raresynth.errors import DataError, ParamsError, RaresynthError
+from raresynth.errors import CheckpointError, DataError, ParamsError, RaresynthError, describe
 
 EXIT_USER_ERROR = 2
 
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command(arguments)
     except RaresynthError as error:
         print(f"raresynth: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"raresynth: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("raresynth: interrupted; the same command goes on from here", file=sys.stderr)
@@ -101,10 +104,11 @@ def _stage(arguments: argparse.Namespace) -> None:
     known = flow.items(run, flow.STAGES[arguments.stage].each)
     if arguments.item is not None and arguments.item not in known:
         raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; choose from {', '.join(known)}")
-    if arguments.item is not None:
-        records = [flow.execute(arguments.stage, run, arguments.item)]
-    else:
-        records = flow.execute_all(arguments.stage, run)
+    with flow.only_run_of(run.store):
+        if arguments.item is not None:
+            records = [flow.execute(arguments.stage, run, arguments.item)]
+        else:
+            records = flow.execute_all(arguments.stage, run)
     for record in records:
         name = record.stage if record.item == flow.ALL else f"{record.stage} {record.item}"
         print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
@@ -117,18 +121,34 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _open_run(data: Path | None, params: Path | None, store: Path) -> flow.Run:
-    """The run in folder `store`; data and params left out are those it had last."""
+    """The run in folder `store`; data and params left out are those it had last.
+
+    Raises:
+        RaresynthError: a folder or file cannot be used, or the run would overwrite what is not its own.
+    """
     log = store / "run.json"
-    known = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
+    try:
+        known = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{log} is damaged ({error}); delete it, and name --data and --params again") from error
     data = data or (store / known["data"] if "data" in known else None)
     params = params or (store / known["params"] if "params" in known else None)
     if data is None or params is None:
         raise ParamsError(f"{store} holds no run yet; name its images with --data and its params with --params")
     if not data.is_dir():
         raise DataError(f"the data folder {data} does not exist; name the folder that holds the images")
+    _check_place(store, data)
     run = flow.Run(data, store, load_params(params))
     flow.note_start(run, params)
     return run
+
+
+def _check_place(store: Path, data: Path) -> None:
+    out, images = store.resolve(), data.resolve()
+    if out.is_relative_to(images) or images.is_relative_to(out):
+        raise ParamsError(f"--out {store} and --data {data} lie one in the other; choose an --out outside the images")
+    if store.is_dir() and any(store.iterdir()) and not (store / "run.json").exists():
+        raise ParamsError(f"{store} is not empty and holds no run, whose files would be mixed up; choose a new --out")
 
 
 def _export_dataset(arguments: argparse.Namespace) -> None:

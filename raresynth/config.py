@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from raresynth.errors import ParamsError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Resolution = Literal[32, 64, 128, 256]
 
@@ -22,7 +24,7 @@ Resolution = Literal[32, 64, 128, 256]
 class Config(BaseModel):
     """Base of all sections: frozen, and unknown knobs are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ComputeConfig(Config):
@@ -105,7 +107,7 @@ class GanConfig(Config):
     """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
     batch_size: PositiveCount = 16
     learning_rate: Positive = 2e-4
-    betas: tuple[Share, Share] = (0.5, 0.999)
+    betas: tuple[Decay, Decay] = (0.5, 0.999)
     pretrain_kimg: Positive = 30.0
     finetune_kimg: Positive = 8.0
     ema_half_life_kimg: Positive = 2.0
@@ -144,13 +146,13 @@ class BalanceConfig(Config):
 
 
 class SynthesisConfig(Config):
-    seed: Count = 0
+    seed: Seed = 0
 
 
 class QualityConfig(Config):
     min_held_out: PositiveCount = 50
     """With fewer held-out reals a class is measured against train + val reals."""
-    max_images: PositiveCount = 2000
+    max_images: Annotated[int, Field(ge=24)] = 2000
     """Most images a side that enter a figure."""
     real_splits: Annotated[int, Field(ge=10)] = 100
     """Random real-real splits behind a floor."""
@@ -209,7 +211,7 @@ class ReleaseConfig(Config):
 class Params(Config):
     """All sections of a params file."""
 
-    seed: Count = 0
+    seed: Seed = 0
     compute: ComputeConfig = ComputeConfig()
     dataset: DatasetConfig = DatasetConfig()
     validation: ValidationConfig = ValidationConfig()

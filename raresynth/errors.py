@@ -33,7 +33,19 @@ class TrainingCollapse(RaresynthError):
         loss: name of the first loss that was not finite.
     """
 
-    def __init__(self, step: int, loss: str) -> None:
-        super().__init__(f"training collapsed: {loss} is not a finite number at step {step}")
+    def __init__(self, step: int, loss: str, advice: str = "") -> None:
+        super().__init__(step, loss, advice)  # all of them, so that it can be sent from one process to another
         self.step = step
         self.loss = loss
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"training collapsed: {self.loss} is not a finite number at step {self.step}" + (
+            f"; {self.advice}" if self.advice else ""
+        )
+
+
+def describe(error: OSError) -> str:
+    """What the system refused, as one sentence."""
+    where = f" {error.filename}" if error.filename else ""
+    return f"cannot read or write{where}: {error.strerror or error}; check the path, its permissions and the free space"

@@ -10,13 +10,16 @@ import json
 import os
 import platform
 import resource
+import select
 import shutil
+import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from multiprocessing import get_context
@@ -25,7 +28,7 @@ from typing import Any, Literal
 
 from raresynth import lineage
 from raresynth.config import Params
-from raresynth.errors import CheckpointError, ParamsError, TooFewImages
+from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages
 from raresynth.progress import lines_only
 
 ALL = "all"
@@ -114,8 +117,12 @@ def _build_manifest(task: Task) -> Outcome:
 
 
 def _validate(task: Task) -> Outcome:
+    from raresynth.classifier.network import check_model
     from raresynth.dataset.expectations import validate
 
+    # Better now than after hours of training.
+    _named_files(task.run.params, ("classifier", "quality"))
+    check_model(task.run.params.classifier.model)
     manifest = task.path("build-manifest") / "manifest.csv"
     validate(task.run.data_dir, manifest, task.out_dir, task.run.params.validation)
     return DONE
@@ -476,7 +483,8 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     inputs = {f"{name}/{of}": record.digest for name, records in needs.items() for of, record in records.items()}
     params = run.params.model_dump(mode="json", include=set(spec.sections))
     source = lineage.dvc_dir_md5(run.data_dir) if not spec.needs else ""
-    key = lineage.sha256_json([stage, item, inputs, source, params, lineage.code_hash(*spec.code)])
+    files = _named_files(run.params, spec.sections)
+    key = lineage.sha256_json([stage, item, inputs, source, params, files, lineage.code_hash(*spec.code)])
     path = record_path(run.store, stage, item)
     finished = _finished(path, key, run.store)
     if finished is not None:
@@ -509,8 +517,41 @@ def execute_all(stage: str, run: Run) -> list[Record]:
     workers = min(len(todo), run.params.compute.parallel_tasks)
     if workers <= 1:
         return [execute(stage, run, item) for item in todo]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker, (os.getpid(),)) as pool:
         return list(pool.map(execute, repeat(stage), repeat(run), todo))
+
+
+def _prepare_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent says what is to be said
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """End this process when the process `parent` ends, also where that is killed."""
+
+    def watch() -> None:
+        # Not os.kill(parent, 0): a killed process that nobody has waited for yet still takes signals.
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(parent)], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def only_run_of(store: Path) -> Iterator[None]:
+    """Within the block no other process works in this run's folder.
+
+    Raises:
+        RaresynthError: another one does.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with (store / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
+        yield
 
 
 def limit_threads(params: Params) -> None:
@@ -518,6 +559,24 @@ def limit_threads(params: Params) -> None:
     os.environ["OMP_NUM_THREADS"] = str(params.compute.threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(params.compute.threads)
+
+
+def _named_files(params: Params, sections: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of the weights files that params name, by section.
+
+    Raises:
+        ParamsError: there is no such file.
+    """
+    digests = {}
+    for section, knob, value, words in (
+        ("classifier", "weights", params.classifier.weights, ("pretrained", "scratch")),
+        ("quality", "inception", params.quality.inception, ("auto", "none")),
+    ):
+        if section in sections and value not in words:
+            if not Path(value).is_file():
+                raise ParamsError(f"{section}.{knob} names {value}, which is no file; name one or {' or '.join(words)}")
+            digests[section] = lineage.sha256_file(Path(value))
+    return digests
 
 
 def _upstream(spec: Stage, run: Run, item: str, given: Mapping[str, Path]) -> dict[str, dict[str, Record]]:

@@ -60,7 +60,27 @@ def _sources(path: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.relative_to(folder).as_posix())
+    """All files below a folder, links followed, in the order of their relative paths."""
+    files = [path for parent, names in walk(folder) for path in (parent / name for name in names) if path.is_file()]
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def walk(folder: Path, skip: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below `folder`, itself included, with the names of its files; links are followed.
+
+    Args:
+        skip: folders whose name starts so are left out.
+    """
+    visited: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above would lead round and round.
+        visited.add(os.path.realpath(parent))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(skip) and os.path.realpath(f"{parent}/{name}") not in visited
+        ]
+        yield Path(parent), names
 
 
 def dvc_dir_md5(folder: Path) -> str:
@@ -140,8 +160,12 @@ def new_dir(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            path.replace(replaced)
+            temporary.replace(path)
+            shutil.rmtree(replaced)
+        else:
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Images whose worth is known, in the shape that `synthesize` leaves."""
+"""What several tests know: images of known worth, in the shape that `synthesize` leaves, and how far a training is."""
 
 from functools import cache
 from pathlib import Path
@@ -47,3 +47,8 @@ def write_synthetic(images: Pixels, label: str, root: Path) -> Path:
 def fresh(label: str, n: int, code: int) -> Pixels:
     """New images of a class of the sample data, of lesions that are in no split."""
     return np.stack([decode_image(sample.jpeg or b"", SIDE) for sample in draw_class(label, n, code)])
+
+
+def saved_step(out_dir: Path) -> int:
+    """Steps done in the newest state that a training has saved; 0 without one."""
+    return max((int(folder.name) for folder in (out_dir / "state").glob("[0-9]*")), default=0)

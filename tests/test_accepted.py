@@ -56,3 +56,14 @@ def test_a_class_too_small_to_measure_stops_nothing(tiny_run: flow.Run, tmp_path
     decisions = json.loads((store / "gate" / "decisions.json").read_text())["classes"]
     assert {entry["decision"] for entry in decisions.values()} == {"insufficient"}
     assert all("lists 3 images" in entry["reasons"][0] for entry in decisions.values())
+
+
+def test_a_class_called_none_keeps_its_images(tiny_run: flow.Run, tmp_path: Path) -> None:
+    quality, synthetic = folders(tiny_run, "measure"), folders(tiny_run, "synthesize")
+    label = next(iter(quality))
+    for source, name, file in ((quality[label], "quality", "report.json"), (synthetic[label], "fakes", "manifest.csv")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text((source / file).read_text().replace(label, "None"))
+    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, tmp_path, GENEROUS)
+    usable = pd.read_csv(tmp_path / "accepted.csv", keep_default_na=False)
+    assert set(usable["label"]) == {"None"}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def images(tmp_path: Path) -> Path:
     for index in range(3):
         Image.new("RGB", (50 + index, 40), (70 * index, 90, 120)).save(folder / "deeper" / f"{index}.png")
     (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / os.fsdecode(b"caf\xe9")).write_bytes(b"no image either")
     (folder / "notes.txt").write_text("not an image, and not named as one")
     return folder
 
@@ -86,13 +88,14 @@ def test_graphs_equal_torch(bundle: Path) -> None:
 
 def test_predictions_name_every_image_and_every_error(bundle: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "predictions.csv"
-    assert predict_folder(bundle, images, out) == (4, 1)
+    assert predict_folder(bundle, images, out) == (5, 2)
     rows = list(csv.DictReader(out.open()))
     labels = open_bundle(bundle).labels
     assert list(rows[0]) == ["image_id", "label", *(f"p_{label}" for label in labels), "error"]
-    assert [row["image_id"] for row in rows] == ["broken.jpg", "deeper/0.png", "deeper/1.png", "deeper/2.png"]
-    assert "cannot be decoded" in rows[0]["error"] and rows[0]["label"] == ""
-    for row in rows[1:]:
+    good = ["deeper/0.png", "deeper/1.png", "deeper/2.png"]
+    assert [row["image_id"] for row in rows] == ["broken.jpg", r"caf\xe9", *good]
+    assert all("cannot be decoded" in row["error"] and row["label"] == "" for row in rows[:2])
+    for row in rows[2:]:
         probabilities = {label: float(row[f"p_{label}"]) for label in labels}
         assert row["error"] == "" and sum(probabilities.values()) == pytest.approx(1, abs=1e-4)
         assert row["label"] == max(probabilities, key=probabilities.__getitem__)

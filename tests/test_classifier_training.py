@@ -1,4 +1,3 @@
-import json
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from known import saved_step
 from safetensors.torch import load_file, save_file
 
 from raresynth.classifier import augmentation
@@ -249,8 +249,7 @@ def test_training_killed_and_started_again_ends_in_the_same_bytes(squares, tmp_p
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(squares), str(out), config, arm, str(torch.get_num_threads())]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    state = out / "state" / "meta.json"
-    while process.poll() is None and not (state.exists() and json.loads(state.read_text())["step"] >= 3):
+    while process.poll() is None and saved_step(out) < 3:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the training ended before it was killed"
@@ -280,7 +279,7 @@ def test_a_state_is_taken_up_and_one_of_other_inputs_is_not(squares, tmp_path, m
     monkeypatch.setattr(training, "_step", stopping_at_five)
     with pytest.raises(Stop):
         train(squares, tmp_path / "out", steps=8, every=1e-6)
-    assert json.loads((tmp_path / "out" / "state" / "meta.json").read_text())["step"] == 5
+    assert saved_step(tmp_path / "out") == 5
     shutil.copytree(tmp_path / "out", tmp_path / "other")
     monkeypatch.setattr(training, "_step", recording)
     train(squares, tmp_path / "out", steps=8)
@@ -291,9 +290,10 @@ def test_a_state_is_taken_up_and_one_of_other_inputs_is_not(squares, tmp_path, m
 
 def test_a_damaged_state_costs_time_only(squares, tmp_path):
     whole = train(squares, tmp_path / "whole", steps=3)
-    (tmp_path / "out" / "state").mkdir(parents=True)
-    (tmp_path / "out" / "state" / "weights.safetensors").write_bytes(b"half")
-    (tmp_path / "out" / "state" / "meta.json").write_text('{"weights_sha256": "0", "step": 2}')
+    state = tmp_path / "out" / "state" / "000000002"
+    state.mkdir(parents=True)
+    (state / "weights.safetensors").write_bytes(b"half")
+    (state / "meta.json").write_text('{"weights_sha256": "0", "step": 2}')
     assert train(squares, tmp_path / "out", steps=3) == whole
 
 

@@ -1,14 +1,20 @@
 """What a user can get wrong ends with one sentence that names it, exit code 2, and no traceback."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from raresynth import cli
+from raresynth import cli, flow
+from raresynth.config import EncoderConfig
+
+LONG = EncoderConfig(steps=100_000)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -94,8 +100,68 @@ def test_every_stage_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, params: Path) -> None:
-    from pipelines.run import _only_run_of
     from raresynth.errors import RaresynthError
+    from raresynth.flow import only_run_of
 
-    with _only_run_of(tmp_path), pytest.raises(RaresynthError, match="another run"), _only_run_of(tmp_path):
+    with only_run_of(tmp_path), pytest.raises(RaresynthError, match="another run"), only_run_of(tmp_path):
         pass
+
+
+def test_out_must_not_touch_what_is_not_its_own(tmp_path: Path, params: Path) -> None:
+    data = tmp_path / "data"
+    (data / "validation" / "cat").mkdir(parents=True)
+    (data / "validation" / "cat" / "0.png").write_bytes(b"mine")
+    for out in (data, data / "out", tmp_path):
+        done = run("build-manifest", "--data", data, "--params", params, "--out", out)
+        assert "one in the other" in sentence(done)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    done = run("validate", "--data", data, "--params", params, "--out", tmp_path / "full")
+    assert "is not empty and holds no run" in sentence(done)
+    assert (data / "validation" / "cat" / "0.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("out", ["params.yaml", "params.yaml/below"])
+@pytest.mark.parametrize("command", ["run", "build-manifest"])
+def test_out_that_cannot_be_a_folder(tmp_path: Path, params: Path, command: str, out: str) -> None:
+    (tmp_path / "data").mkdir()
+    done = run(command, "--data", tmp_path / "data", "--params", params, "--out", tmp_path / out)
+    assert "params.yaml" in sentence(done)
+
+
+def test_a_weights_file_that_is_not_there_is_found_before_any_training(
+    tiny_run: flow.Run, tmp_path: Path, params: Path
+) -> None:
+    for knob in ("classifier: {weights: absent.safetensors}", "quality: {inception: absent.pth}"):
+        out = tmp_path / knob[:7]
+        params.write_text(knob + "\n")
+        assert run("build-manifest", "--data", tiny_run.data_dir, "--params", params, "--out", out).returncode == 0
+        assert "absent" in sentence(run("validate", "--out", out))
+    params.write_text("classifier: {model: resnet1}\n")
+    assert "resnet1" in sentence(run("validate", "--out", out, "--params", params))
+
+
+def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("")
+    assert "run.json is damaged" in sentence(run("report", "--out", tmp_path))
+
+
+def test_interrupt_ends_with_one_sentence(tiny_run: flow.Run, tmp_path: Path) -> None:
+    params = tmp_path / "params.json"
+    params.write_text(tiny_run.params.model_copy(update={"encoder": LONG}).model_dump_json())
+    command = [sys.executable, "-P", "-m", "raresynth.cli", "run", "--data", tiny_run.data_dir]
+    process = subprocess.Popen(
+        [*map(str, command), "--params", str(params), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((tmp_path / "out").glob("checkpoints/train-encoder/*/*/state/*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert output.count("raresynth: interrupted") == 1

@@ -35,6 +35,10 @@ def test_the_four_presets_are_there() -> None:
         ("dataset: {splits: {train: 0.9}}", "dataset.splits"),
         ("classifier: {arms: [real+synthetic]}", "classifier"),
         ("gan: [1, 2]", "gan"),
+        ("gan: {betas: [0.5, 1.0]}", "gan.betas.1"),
+        ("gan: {pretrain_kimg: .inf}", "gan.pretrain_kimg"),
+        ("gate: {c_t: .nan}", "gate.c_t"),
+        ("seed: 99999999999999999999", "seed"),
     ],
 )
 def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> None:

@@ -94,7 +94,7 @@ def test_kernel_intervals_hold_the_truth_as_often_as_they_say(rng):
             rng.normal(size=(100, d)) + 0.35,
             rng.normal(size=(80, d)) + 1.0,
         )
-        estimates = kernel_distances(x, y, z, np.arange(60))
+        estimates = kernel_distances(x, y, z, np.arange(60), np.arange(len(z)))
         assert estimates.first == pytest.approx(kernel_distance(x, y), rel=1e-9, abs=1e-12)
         assert estimates.second == pytest.approx(kernel_distance(x, z), rel=1e-9)
         low, high = estimates.interval()
@@ -108,8 +108,8 @@ def test_kernel_intervals_hold_the_truth_as_often_as_they_say(rng):
 def test_images_of_one_group_do_not_count_as_independent(rng):
     x, y, z = rng.normal(size=(40, 8)), rng.normal(size=(900, 8)) + 0.5, rng.normal(size=(900, 8)) + 1
     twice, groups = np.concatenate([x, x]), np.tile(np.arange(40), 2)
-    careless = kernel_distances(twice, y, z, np.arange(80)).covariance[1, 1]
-    careful = kernel_distances(twice, y, z, groups).covariance[1, 1]
+    careless = kernel_distances(twice, y, z, np.arange(80), np.arange(len(z))).covariance[1, 1]
+    careful = kernel_distances(twice, y, z, groups, np.arange(len(z))).covariance[1, 1]
     assert careful > 1.3 * careless
 
 
@@ -148,3 +148,28 @@ def test_coverage_of_equal_distributions_is_what_naeem_et_al_derive(rng):
 def test_neighbourhood_refuses_unequal_numbers(rng):
     with pytest.raises(ValueError, match="as many fakes as reals"):
         neighbourhood(rng.normal(size=(10, 2)), rng.normal(size=(11, 2)))
+
+
+def test_pairs_of_one_group_do_not_bias_kid(rng):
+    """Perfect fakes of lesions that were photographed twice: 0 on average, where counting all pairs gives more."""
+
+    def lesions(n, views):
+        return np.repeat(rng.normal(size=(n, 16)), views, 0) + 0.3 * rng.normal(size=(n * views, 16))
+
+    groups = np.repeat(np.arange(20), 2)
+    careful, careless = [], []
+    for _ in range(200):
+        real, fake = lesions(20, 2), lesions(60, 1)
+        careful.append(kernel_distance(real, fake, groups))
+        careless.append(kernel_distance(real, fake))
+        estimates = kernel_distances(real, fake, real + 1.0, groups, groups)
+        assert estimates.first == pytest.approx(careful[-1], rel=1e-9, abs=1e-12)
+    assert abs(np.mean(careful)) < 3 * np.std(careful) / np.sqrt(200)
+    assert np.mean(careless) > 5 * np.std(careless) / np.sqrt(200)
+
+
+def test_groups_of_the_other_class_widen_its_error(rng):
+    x, y, z = rng.normal(size=(900, 8)), rng.normal(size=(900, 8)), np.repeat(rng.normal(size=(30, 8)) + 0.5, 3, 0)
+    careless = kernel_distances(x, y, z, np.arange(900), np.arange(90)).covariance[1, 1]
+    careful = kernel_distances(x, y, z, np.arange(900), np.repeat(np.arange(30), 3)).covariance[1, 1]
+    assert careful > 2 * careless

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from known import saved_step
 
 from raresynth.config import EncoderConfig
 from raresynth.dataset.images import load_images
@@ -16,6 +17,7 @@ from raresynth.errors import CheckpointError, DataError
 from raresynth.lineage import read_report, save_checkpoint, sha256_file
 from raresynth.quality import encoder as encoder_module
 from raresynth.quality.encoder import Encoder, EncoderReport, barlow_twins_loss, train_encoder
+from raresynth.training_state import save_state
 
 
 def test_loss_by_hand():
@@ -87,7 +89,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(squares, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(encoder_module, "augment", fail)
         train("stopped")
-    assert (tmp_path / "stopped" / "state" / "meta.json").exists()
+    assert 0 < saved_step(tmp_path / "stopped") < config.steps
     train("stopped")
     for name in ("weights.safetensors", "meta.json", "report.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
@@ -101,7 +103,7 @@ def test_a_killed_training_ends_in_the_same_bytes(squares, tmp_path):
 
     assert start(tmp_path / "whole").wait() == 0
     killed = start(tmp_path / "killed")
-    while not (tmp_path / "killed" / "state" / "meta.json").exists() and killed.poll() is None:
+    while not saved_step(tmp_path / "killed") and killed.poll() is None:
         time.sleep(0.001)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
@@ -113,7 +115,7 @@ def test_a_killed_training_ends_in_the_same_bytes(squares, tmp_path):
 
 def test_state_of_another_training_is_not_used(squares, tmp_path):
     """A changed knob starts afresh instead of going on from weights that do not fit."""
-    save_checkpoint(tmp_path / "out" / "state", {"model.x": torch.zeros(1)}, {"config": {}, "losses": [1.0]})
+    save_state(tmp_path / "out", 1, {"model.x": torch.zeros(1)}, {"run": {"config": {}}, "losses": [1.0]})
     config = EncoderConfig(width=4, steps=2, batch_size=16)
     report = train_encoder(squares, squares / "manifest.csv", tmp_path / "out", config, 0, "cpu", None)
     assert len(report.losses) == 2

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from known import saved_step
 from PIL import Image
 
 from raresynth.config import GanConfig
@@ -150,13 +151,6 @@ else:
 def start(stage: str, data: Path, base: Path, out: Path, knobs: dict) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", CHILD, stage, str(data), str(base), str(out), json.dumps(knobs)]
     return subprocess.Popen(command, stderr=subprocess.DEVNULL)
-
-
-def saved_step(out: Path) -> int:
-    try:
-        return json.loads((out / "state" / "meta.json").read_text())["step"]
-    except FileNotFoundError:  # not yet there, or just being replaced
-        return 0
 
 
 def kill_in_training(child: subprocess.Popen[bytes], out: Path, at_least: int) -> None:

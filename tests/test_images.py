@@ -180,3 +180,26 @@ def test_sixteen_bit_grey_keeps_its_range() -> None:
     pixels = decode_image(encode(Image.fromarray(ramp), "PNG"), 64)
     assert np.abs(pixels[..., 0].astype(int) - (ramp >> 8)).max() <= 1
     assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of the damage
+def test_damaged_exif_costs_no_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "camera"
+    whole = bytearray(encode(picture(), "JPEG", exif=exif, quality=95))
+    start, end = whole.index(b"Exif"), whole.index(b"camera")
+    pixels = decode_image(bytes(whole), 8)
+    for position in range(start + 6, end):
+        damaged = whole.copy()
+        damaged[position] ^= 0xFF
+        assert decode_image(bytes(damaged), 8).shape == pixels.shape
+
+
+def test_sixteen_bits_are_scaled_and_thirty_two_refused():
+    values = np.linspace(0, 65535, 40 * 40).reshape(40, 40)
+    pixels = decode_image(encode(Image.fromarray(values.astype(np.uint16))), 8)
+    assert pixels[0].mean() < 40 < 210 < pixels[-1].mean()
+    for dtype in (np.float32, np.int32):
+        with pytest.raises(DataError, match="32 bits"):
+            decode_image(encode(Image.fromarray(values.astype(dtype)), "TIFF"), 8)

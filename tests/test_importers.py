@@ -1,6 +1,7 @@
 """Importers: every layout becomes the same manifest, and what cannot be placed is kept in sight."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -405,3 +406,46 @@ def test_the_report_names_the_manifest_it_belongs_to(data):
     report, _ = importing(data)
     assert report.manifest_sha256 == sha256_file(data.parent / "manifest" / "manifest.csv")
     assert pd.read_csv(data.parent / "manifest" / "manifest.csv").columns.to_list() == list(COLUMNS)
+
+
+def test_a_set_that_names_only_some_splits_is_told_what_to_do(data):
+    folders(data, "train")
+    folders(data, "test")
+    with pytest.raises(DataError, match=r"none is val; .* leave the splits out"):
+        importing(data)
+
+
+def test_a_name_that_is_not_utf_8_is_named(data):
+    folders(data)
+    (data / "df" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"caf\\xe9\.png, whose name is not UTF-8; rename it"):
+        importing(data)
+
+
+def test_semicolons_separate_too(data):
+    csv_set(data)
+    text = (data / "metadata.csv").read_text().replace(",", ";")
+    (data / "metadata.csv").write_text(text)
+    _, manifest = importing(data)
+    assert manifest.loc["007", ["path", "label", "group", "tone"]].to_list() == ["images/007.png", "a", "g3", "IV"]
+
+
+def test_rows_longer_than_the_header_are_refused(data):
+    csv_set(data)
+    text = (data / "metadata.csv").read_text().replace(",IV", ",IV,")
+    (data / "metadata.csv").write_text(text)
+    with pytest.raises(DataError, match="more values than its header names"):
+        importing(data)
+
+
+def test_columns_called_like_the_manifest_s_own_get_free_names(data):
+    csv_set(data, header="image_id,label,width,source_width")
+    _, manifest = importing(data)
+    assert manifest.loc["007", ["source_source_width", "source_width"]].to_list() == ["g3", "IV"]
+    assert int(manifest.loc["007", "width"]) == 12
+
+
+def test_a_label_too_long_for_a_folder_is_refused(data):
+    csv_set(data, row0=f"000.png,{'l' * 201},g0,IV")
+    with pytest.raises(DataError, match="cannot be the name of a folder"):
+        importing(data)

@@ -1,14 +1,23 @@
 import hashlib
 import json
+import pickle
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from raresynth import lineage
-from raresynth.errors import CheckpointError
-from raresynth.training_state import flatten_optimizer, restore_optimizer
+from raresynth.errors import CheckpointError, TrainingCollapse
+from raresynth.training_state import (
+    finish,
+    flatten_optimizer,
+    load_state,
+    restore_optimizer,
+    save_state,
+    save_weights,
+)
 
 
 class Sample(lineage.Report):
@@ -109,3 +118,61 @@ def test_optimizer_state_comes_back_exactly() -> None:
         return weight.detach()
 
     assert torch.equal(trained(6, None), trained(6, 3))
+
+
+def killed_while_replacing(out_dir: Path) -> int:
+    """A child that dies in the middle of saving its second state: once at every call that changes the disk."""
+    import os
+    import shutil
+
+    for nth in range(1, 100):
+        shutil.rmtree(out_dir, ignore_errors=True)
+        save_state(out_dir, 1, {"a": torch.ones(3)}, {"run": "r"})
+        if os.fork() == 0:
+            count = 0
+
+            def die(event: str, _arguments: object, nth: int = nth) -> None:
+                nonlocal count
+                if event in {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}:
+                    count += 1
+                    if count == nth:
+                        os._exit(9)
+
+            sys.addaudithook(die)
+            save_state(out_dir, 2, {"a": torch.full((3,), 2.0)}, {"run": "r"})
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.wait()[1]) == 0:
+            return nth - 1
+        state = load_state(out_dir, "r", "cpu")
+        assert state is not None, f"call {nth}"
+        tensors, meta = state
+        assert torch.equal(tensors["a"], torch.full((3,), float(meta["step"])))
+    raise AssertionError("the child never got to its end")
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_state(tmp_path: Path) -> None:
+    assert killed_while_replacing(tmp_path / "out") > 5
+    save_state(tmp_path / "out", 3, {"a": torch.ones(3)}, {"run": "r"})
+    assert [folder.name for folder in (tmp_path / "out" / "state").iterdir()] == ["000000003"]
+    assert load_state(tmp_path / "out", "another", "cpu") is None
+    save_weights(tmp_path / "out", {"a": torch.ones(3)}, {})
+    (tmp_path / "out" / ".finished.half").mkdir()
+    finish(tmp_path / "out", Sample(figure=1.0))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["meta.json", "report.json", "weights.safetensors"]
+
+
+def test_errors_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(TrainingCollapse(3, "cross-entropy", "lower the rate")))
+    assert str(error) == "training collapsed: cross-entropy is not a finite number at step 3; lower the rate"
+    assert (error.step, error.loss) == (3, "cross-entropy")
+
+
+def test_linked_folders_count_for_the_data_hash(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("a")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "data")
+    before = lineage.dvc_dir_md5(tmp_path / "data")
+    (tmp_path / "real" / "a.txt").write_text("b")
+    assert lineage.dvc_dir_md5(tmp_path / "data") != before

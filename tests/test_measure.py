@@ -9,10 +9,10 @@ from known import fresh, write_synthetic
 from raresynth.config import GateConfig, QualityConfig
 from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, write_manifest
-from raresynth.errors import CheckpointError, DataError
+from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
 from raresynth.quality.distances import Estimates
-from raresynth.quality.measure import compare_halves, grouped_halves, measure, nearest_other
+from raresynth.quality.measure import Others, compare_halves, grouped_halves, measure, nearest_other
 from raresynth.quality.reports import QualityReport
 
 LABEL = "vascular"
@@ -121,7 +121,8 @@ def test_standard_errors_of_halves_agree_with_independent_samples():
     found, claimed = [], []
     for trial in range(60):
         real, fake, other = rng.normal(size=(80, 8)), rng.normal(size=(300, 8)) + 0.4, rng.normal(size=(300, 8)) + 1
-        estimates = compare_halves(real, fake, other, np.arange(80), 40, trial).estimates("fd", "fd other", "fd real")
+        halves = compare_halves(real, fake, Others(other, np.arange(300)), np.arange(80), 40, trial)
+        estimates = halves.estimates("fd", "fd other", "fd real")
         found.append((estimates.first, estimates.second))
         claimed.append(np.diag(estimates.covariance))
     ratio = np.sqrt(np.mean(claimed, 0)) / np.std(found, 0, ddof=1)
@@ -142,3 +143,11 @@ def test_a_class_that_cannot_be_told_apart_is_no_unit():
     assert "do not tell a from b" in note
     assert nearest_other("a", {"b": kid(0.3, 0.05), "c": kid(0.9, 0.1)}) == ("b", None)
     assert nearest_other("a", {"b": kid(0.3, 0.4), "c": kid(0.9, 1.0)}) == ("b", None)
+
+
+def test_train_images_of_one_patient_leave_the_class_unmeasured(figures, sample_manifest, tmp_path):
+    manifest = read_manifest(sample_manifest)
+    manifest.loc[(manifest["label"] == LABEL) & (manifest["split"] == "train"), "group"] = "one patient"
+    write_manifest(tmp_path / "manifest.csv", manifest)
+    with pytest.raises(TooFewImages, match="are of 1 groups"):
+        figures(manifest=tmp_path / "manifest.csv")

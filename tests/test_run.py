@@ -41,7 +41,7 @@ def contents(store: Path) -> dict[str, str]:
 def kill_while_training(process: subprocess.Popen[str], stage: Path) -> None:
     """Wait until a training stage has saved its state, then kill the run as the kernel would."""
     deadline = time.monotonic() + 300
-    while not list(stage.rglob("state/meta.json")):
+    while not list(stage.rglob("state/*/meta.json")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no training state appeared below {stage}"
         time.sleep(0.01)
@@ -54,6 +54,10 @@ def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow
     params = tmp_path / "params.yaml"
     values = tiny_run.params.model_dump(mode="json")
     values["compute"] |= {"checkpoint_every_s": 0.01, "parallel_tasks": 2}
+    # Long enough that the run is still in the stage when its first state has been seen.
+    values["encoder"]["steps"] = 120
+    values["gan"] |= {"pretrain_kimg": 2.0, "finetune_kimg": 1.0}
+    values["classifier"]["steps"] = 120
     params.write_text(yaml.safe_dump(values))
     out = tmp_path / "killed"
     for stage in ("train-encoder", "pretrain", "finetune", "train-classifier"):

@@ -385,3 +385,14 @@ def test_copies_of_real_lesions_are_found_and_different_lesions_kept(tmp_path):
     found = near_duplicates(hashes, [str(file) for file in files], ValidationConfig().near_duplicate_bits)
     assert set(found) == set(range(len(lesions), len(files)))
     assert all(found[len(lesions) + index][0] == index // 3 for index in range(len(copies)))
+
+
+def test_grey_images_of_16_bits_are_told_apart_and_of_32_bits_refused(tmp_path):
+    hashes = []
+    for seed in range(3):
+        grey = np.asarray(picture(seed).convert("L")).astype(np.uint16) * 257
+        Image.fromarray(grey).save(tmp_path / f"{seed}.png")
+        Image.fromarray(grey.astype(np.float32)).save(tmp_path / f"{seed}.tif")
+        hashes.append(probe_file(tmp_path / f"{seed}.png", 32, 1000).phash)
+        assert "32 bits" in probe_file(tmp_path / f"{seed}.tif", 32, 1000).detail
+    assert near_duplicates(hashes, ["a", "b", "c"], 24) == {}

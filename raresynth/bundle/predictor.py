@@ -12,13 +12,12 @@ import numpy.typing as npt
 import onnxruntime
 
 from raresynth.bundle.contents import open_bundle
-from raresynth.dataset.images import Pixels, decode_image
-from raresynth.errors import DataError
-from raresynth.lineage import write_text
+from raresynth.dataset.images import Pixels, decode_image, may_be_image, printable
+from raresynth.errors import DataError, ParamsError
+from raresynth.lineage import walk, write_text
 from raresynth.progress import progress
 
 BATCH = 64
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 Floats = npt.NDArray[np.float32]
 
@@ -68,13 +67,17 @@ def predict_folder(bundle: Path, images: Path, out: Path) -> tuple[int, int]:
 
     Raises:
         DataError: `images` is no folder, or holds no image.
+        ParamsError: `out` is a folder.
         CheckpointError: `bundle` is no bundle, or was changed.
     """
     if not images.is_dir():
         raise DataError(f"the folder {images} does not exist; name the folder that holds the images")
-    paths = sorted(path for path in images.rglob("*") if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
+    if out.is_dir():
+        raise ParamsError(f"{out} is a folder; name the CSV file to write with --out")
+    files = (folder / name for folder, names in walk(images, skip=(".",)) for name in names if name[0] != ".")
+    paths = sorted(path for path in files if may_be_image(f"{images.name}/{path.name}"))
     if not paths:
-        raise DataError(f"{images} holds no image file ({', '.join(sorted(IMAGE_SUFFIXES))}); name another folder")
+        raise DataError(f"{images} holds no image file; name another folder")
     predictor = Predictor(bundle)
     text, failed = io.StringIO(), 0
     writer = csv.writer(text, lineterminator="\n")
@@ -85,7 +88,7 @@ def predict_folder(bundle: Path, images: Path, out: Path) -> tuple[int, int]:
             good = [image for image in decoded if not isinstance(image, str)]
             rows: Iterator[Floats] = iter(predictor.predict(np.stack(good)).probabilities if good else ())
             for path, image in zip(chunk, decoded, strict=True):
-                name = path.relative_to(images).as_posix()
+                name = printable(path.relative_to(images).as_posix())
                 if isinstance(image, str):
                     failed += 1
                     writer.writerow([name, "", *([""] * len(labels)), image])

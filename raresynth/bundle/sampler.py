@@ -59,8 +59,8 @@ def generate_folder(bundle: Path, label: str, n: int, seed: int, out: Path) -> N
         CheckpointError: `bundle` is no bundle, was changed, or has no generator for the label.
         ParamsError: `n` or `seed` is out of range, or `out` is already there.
     """
-    if n < 1 or seed < 0:
-        raise ParamsError(f"--n must be at least 1 and --seed at least 0 (got {n} and {seed})")
+    if n < 1 or not 0 <= seed < 2**63:
+        raise ParamsError(f"--n must be at least 1 and --seed at least 0 and under 2^63 (got {n} and {seed})")
     if out.exists():
         raise ParamsError(f"{out} is already there; name a new folder with --out")
     sampler = Sampler(bundle, label)

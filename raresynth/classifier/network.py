@@ -61,6 +61,18 @@ class WithFeatureMap(nn.Module):
         return self.classifier.forward_head(features), features
 
 
+def check_model(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        ParamsError: timm has no such model.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise ParamsError(f"classifier.model: timm has no model {name!r}; see timm.list_models() for the names")
+
+
 def create(name: str, weights: str, classes: int, resolution: int, seed: int) -> Classifier:
     """A classifier ready for training; equal seeds give equal initial weights.
 
@@ -74,8 +86,7 @@ def create(name: str, weights: str, classes: int, resolution: int, seed: int) ->
     """
     import timm
 
-    if not timm.is_model(name):
-        raise ParamsError(f"classifier.model: timm has no model {name!r}; see timm.list_models() for the names")
+    check_model(name)
     torch.manual_seed(seed)
     try:
         model = timm.create_model(name, pretrained=weights == "pretrained", num_classes=classes)

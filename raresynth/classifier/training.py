@@ -20,18 +20,10 @@ from raresynth.classifier.statistics import HEADLINE, Floats, Integers, figures,
 from raresynth.config import ClassifierConfig
 from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest
-from raresynth.errors import CheckpointError, DataError, TrainingCollapse
-from raresynth.lineage import (
-    Report,
-    load_checkpoint,
-    new_dir,
-    save_checkpoint,
-    sha256_file,
-    sha256_json,
-    write_report,
-)
+from raresynth.errors import DataError, TrainingCollapse
+from raresynth.lineage import Report, sha256_file, sha256_json
 from raresynth.progress import progress
-from raresynth.training_state import flatten_optimizer, restore_optimizer
+from raresynth.training_state import finish, flatten_optimizer, load_state, restore_optimizer, save_state, save_weights
 
 CURVE_POINTS = 8
 _WARM_UP = 0.1
@@ -92,20 +84,18 @@ class _State:
     loss_sum: float = 0.0
     curves: list[CurvePoint] = field(default_factory=list)
 
-    def save(self, folder: Path, inputs: str) -> None:
+    def save(self, out_dir: Path, inputs: str) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.classifier.model.state_dict().items()}
         curves = [point.model_dump() for point in self.curves]
-        meta = {"kind": "state", "inputs": inputs, "step": self.step, "loss_sum": self.loss_sum, "curves": curves}
-        save_checkpoint(folder, {**tensors, **flatten_optimizer("optimizer", self.optimizer)}, meta)
+        meta = {"run": inputs, "loss_sum": self.loss_sum, "curves": curves}
+        save_state(out_dir, self.step, {**tensors, **flatten_optimizer("optimizer", self.optimizer)}, meta)
 
-    def restore(self, folder: Path, inputs: str) -> None:
-        """Go on from a saved state; one that is missing, damaged or of other inputs is passed over."""
-        try:
-            tensors, meta = load_checkpoint(folder)
-        except CheckpointError:
+    def restore(self, out_dir: Path, inputs: str) -> None:
+        """Go on from a saved state of these inputs, if there is one."""
+        state = load_state(out_dir, inputs, "cpu")
+        if state is None:
             return
-        if meta.get("inputs") != inputs:
-            return
+        tensors, meta = state
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         self.classifier.model.load_state_dict(model)
         restore_optimizer("optimizer", self.optimizer, tensors)
@@ -164,8 +154,7 @@ def train_classifier(
     if synthetic is not None and synthetic.empty:
         reason = "no synthetic image was accepted by the class gate"
         report = ClassifierReport(status="skipped", reason=reason, **facts)
-        with new_dir(out_dir) as folder:
-            write_report(folder / "report.json", report)
+        finish(out_dir, report)
         return report
     data = _load(data_dir, train, val, synthetic, synthetic_root, labels, config.resolution, device, cache_dir)
     inputs = sha256_json(
@@ -174,8 +163,8 @@ def train_classifier(
     )
     with torch.random.fork_rng():  # leaves the caller's random state as it was
         state = _start(config, len(labels), seed, device)
-        state.restore(out_dir / "state", inputs)
-        _train(state, data, arm, config, seed, out_dir / "state", inputs, checkpoint_every_s)
+        state.restore(out_dir, inputs)
+        _train(state, data, arm, config, seed, out_dir, inputs, checkpoint_every_s)
         return _finish(state, data, facts, config, seed, out_dir)
 
 
@@ -248,7 +237,7 @@ def _train(
     arm: str,
     config: ClassifierConfig,
     seed: int,
-    state_dir: Path,
+    out_dir: Path,
     inputs: str,
     checkpoint_every_s: float,
 ) -> None:
@@ -258,12 +247,13 @@ def _train(
         while state.step < config.steps:
             loss = _step(state, data, arm, config, seed)
             if not math.isfinite(loss):
-                raise TrainingCollapse(state.step, "cross-entropy")
+                advice = "lower classifier.learning_rate or set classifier.precision to fp32"
+                raise TrainingCollapse(state.step, "cross-entropy", advice)
             state.loss_sum += loss
             if state.step in measured_at:
                 _measure(state, data)
             if time.monotonic() - saved >= checkpoint_every_s and state.step < config.steps:
-                state.save(state_dir, inputs)
+                state.save(out_dir, inputs)
                 saved = time.monotonic()
             advance(1, f"loss {loss:.3f}")
 
@@ -340,7 +330,7 @@ def _finish(
         "seed": seed,
         "steps": state.step,
     }
-    digest = save_checkpoint(out_dir, classifier.model.state_dict(), meta)
+    digest = save_weights(out_dir, classifier.model.state_dict(), meta)
     report = ClassifierReport(
         status="trained",
         **facts,
@@ -351,5 +341,5 @@ def _finish(
         pooled_linear_head=pooled,
         weights_sha256=digest,
     )
-    write_report(out_dir / "report.json", report)
+    finish(out_dir, report)
     return report

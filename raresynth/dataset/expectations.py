@@ -91,10 +91,15 @@ def validate(data_dir: Path, manifest_path: Path, out_dir: Path, config: Validat
 def _stop_if_unusable(report: ValidationReport, cleaned: pd.DataFrame, out_dir: Path) -> None:
     if len(report.classes) < 2:
         dropped = "; ".join(f"{label}: {reason}" for label, reason in report.dropped_classes.items())
+        bad = ", ".join(f"{n} {reason}" for reason, n in report.quarantined.items() if reason != "class_too_small")
+        missing = report.quarantined.get("missing", 0) > report.n_rows / 4
         raise DataError(
             f"{len(report.classes)} usable classes remain of {report.n_rows} rows, and two are needed"
             + (f" (dropped {dropped})" if dropped else "")
-            + f"; see {out_dir / 'quarantine.csv'}, add images or lower validation.min_images in params"
+            + (f" (quarantined {bad})" if bad else "")
+            + f"; see {out_dir / 'quarantine.csv'}, "
+            + ("correct the CSV's image column or dataset.csv.images_dir" if missing else "add images")
+            + " or lower validation.min_images in params"
         )
     failed = [item for item in report.expectations if item.severity == "critical" and not item.cleaned.success]
     if failed:

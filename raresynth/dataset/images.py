@@ -6,12 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from raresynth.errors import DataError
 from raresynth.progress import progress
@@ -21,6 +21,37 @@ if TYPE_CHECKING:
 
 PREPROCESSING = "exif orientation, RGB, centre square, antialiased bicubic resize"
 Pixels = npt.NDArray[np.uint8]
+OTHER_SUFFIXES = frozenset(
+    {
+        *(".csv", ".tsv", ".tab", ".txt", ".md", ".rst", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".html"),
+        *(".htm", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".py", ".ipynb", ".sh", ".db", ".log", ".ini", ".dvc"),
+        *(".zip", ".gz", ".tar", ".7z", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".md5", ".sha256"),
+    }
+)
+"""Files that are obviously no images; any other is taken for one until decoding shows that it is not."""
+ORIENTATION = 0x0112
+"""Exif tag."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Exif orientation -> what makes the image upright."""
+
+
+def may_be_image(path: str) -> bool:
+    """Whether a file of this relative path may be an image; one without extension only inside a folder."""
+    suffix = PurePosixPath(path).suffix.lower()
+    return suffix not in OTHER_SUFFIXES if suffix else "/" in path
+
+
+def printable(path: str) -> str:
+    """A path as text that can be written; bytes that are not UTF-8, as old archives hold them, are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def decode_image(source: Path | bytes, resolution: int) -> Pixels:
@@ -35,9 +66,9 @@ def decode_image(source: Path | bytes, resolution: int) -> Pixels:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             # JPEG files far larger than needed are decoded at a reduced scale, never below twice the target.
             image.draft("RGB", (2 * resolution, 2 * resolution))
-            upright = _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = "image" if isinstance(source, bytes) else str(source)
+            upright = to_rgb(image)
+    except Exception as error:  # a broken file can raise anything in PIL's parsers
+        name = "image" if isinstance(source, bytes) else printable(str(source))
         raise DataError(f"{name} cannot be decoded ({error}); replace or remove it") from error
     side = min(upright.size)
     left, top = (upright.width - side) // 2, (upright.height - side) // 2
@@ -46,11 +77,28 @@ def decode_image(source: Path | bytes, resolution: int) -> Pixels:
     return np.asarray(square, dtype=np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Eight bits a channel; PIL alone would clip 16-bit grey images, as scanners write them, to white."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image upright and with eight bits a channel.
+
+    PIL alone would clip 16-bit grey images, as scanners write them, to white.
+
+    Raises:
+        ValueError: pixels of 32 bits, whose range nobody can know.
+    """
+    turn = _turn(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    if image.mode in {"I", "F"}:
+        raise ValueError("it has 32 bits a pixel, save it with 8 or 16")
+    upright = image if turn is None else image.transpose(turn)
+    return upright.convert("RGB")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata; the pixels may be whole
+        return None
 
 
 def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir: Path | None = None) -> Pixels:

@@ -19,21 +19,14 @@ import pandas as pd
 from PIL import Image
 
 from raresynth.config import CsvColumns, DatasetConfig, SplitShares
+from raresynth.dataset.images import may_be_image, printable
 from raresynth.dataset.manifest import COLUMNS, count_classes, write_manifest
 from raresynth.dataset.splits import assign_splits
 from raresynth.errors import DataError
-from raresynth.lineage import Report, new_dir, sha256_file, write_report
+from raresynth.lineage import Report, new_dir, sha256_file, walk, write_report
 from raresynth.progress import progress
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-OTHER_SUFFIXES = frozenset(
-    {
-        *(".csv", ".tsv", ".tab", ".txt", ".md", ".rst", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".html"),
-        *(".htm", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".py", ".ipynb", ".sh", ".db", ".log", ".ini", ".dvc"),
-        *(".zip", ".gz", ".tar", ".7z", ".npy", ".npz", ".pkl", ".h5", ".parquet", ".md5", ".sha256"),
-    }
-)
-"""Files that are obviously no images; any other file is taken for one, and `validate` says if it is not."""
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -43,6 +36,8 @@ NIH_COLUMNS = {"image": "Image Index", "label": "Finding Labels", "group": "Pati
 IMAGE_COLUMNS = ("image", "image_id", "file", "path")
 GROUP_COLUMNS = ("group", "patient_id", "lesion_id")
 """What an unconfigured metadata.csv may call its columns; a patient holds lesions, so it comes first."""
+MAX_LABEL_BYTES = 200
+"""Room for what is added to a label in the names of folders, which may have 255 bytes."""
 CHUNK = 256
 """Files a worker reads at a time, so that memory does not grow with their number."""
 
@@ -107,7 +102,9 @@ def build_manifest(data_dir: Path, out_dir: Path, config: DatasetConfig, seed: i
     table = _import(source, config)
     rows = _read_files(table.rows, source)
     splits_from_source = "split" in rows
-    if not splits_from_source:
+    if splits_from_source:
+        _check_splits(rows, data_dir)
+    else:
         rows["split"] = _split(rows, config.splits, seed)
     with new_dir(out_dir) as folder:
         write_manifest(folder / "manifest.csv", rows)
@@ -132,27 +129,16 @@ def find_files(data_dir: Path) -> Source:
     """All files below a folder, hidden ones left out; links are followed."""
     images: list[str] = []
     others: list[str] = []
-    visited: set[str] = set()
-    for folder, folders, names in os.walk(data_dir, followlinks=True):
-        # A link to a folder above would lead round and round.
-        visited.add(os.path.realpath(folder))
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith((".", "__MACOSX")) and os.path.realpath(f"{folder}/{name}") not in visited
-        ]
-        above = Path(folder).relative_to(data_dir).as_posix()
+    for folder, names in walk(data_dir, skip=(".", "__MACOSX")):
+        above = folder.relative_to(data_dir)
         for name in names:
             if name.startswith("."):
                 continue
-            path = name if above == "." else f"{above}/{name}"
-            (images if _may_be_image(path) else others).append(path)
+            path = (above / name).as_posix()
+            if printable(path) != path:
+                raise DataError(f"{data_dir} holds {printable(path)}, whose name is not UTF-8; rename it")
+            (images if may_be_image(path) else others).append(path)
     return Source(data_dir, tuple(sorted(images)), tuple(sorted(others)))
-
-
-def _may_be_image(path: str) -> bool:
-    suffix = PurePosixPath(path).suffix.lower()
-    return suffix not in OTHER_SUFFIXES if suffix else "/" in path
 
 
 def _import(source: Source, config: DatasetConfig) -> Table:
@@ -317,15 +303,23 @@ IMPORTERS: dict[Layout, Callable[[Source, DatasetConfig], Table]] = {
 
 
 def _read_csv(path: Path, rows: int | None = None) -> pd.DataFrame:
-    """A CSV (or tab-separated) file as text, empty cells as empty text."""
+    """A file of comma-, tab- or semicolon-separated values as text, empty cells as empty text."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", nrows=rows)
+            header = file.readline()
+        separator = next((mark for mark in ("\t", ",", ";") if mark in header), ",")
+        with warnings.catch_warnings():
+            # Without index_col=False a comma at the end of each row would shift all columns.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", nrows=rows, index_col=False
+            )
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; name an existing CSV file") from error
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DataError(f"{path} is no CSV file in UTF-8 ({' '.join(str(error).split())}); correct it") from error
+    except pd.errors.ParserWarning as error:
+        raise DataError(f"{path} has rows of more values than its header names; correct it") from error
     return table.rename(columns=str.strip)
 
 
@@ -345,8 +339,18 @@ def _standard(
         rows["split"] = _known_splits(metadata["split"], name)
     _check_labels(rows, name, separator or "|")
     others = metadata.drop(columns=[*named, *(["split"] if "split" in metadata else [])])
-    # A source's own width or path is not the manifest's.
-    return rows.join(others.rename(columns={column: f"source_{column}" for column in (*COLUMNS, "image")}))
+    return rows.join(others.rename(columns=_free_names(others)))
+
+
+def _free_names(others: pd.DataFrame) -> dict[str, str]:
+    """New names for columns called like the manifest's own: a source's width or path is not the manifest's."""
+    taken, names = set(others), {}
+    for column in (*COLUMNS, "image"):
+        name = f"source_{column}"
+        while name in taken:
+            name = f"source_{name}"
+        names[column] = name
+    return names
 
 
 def _known_splits(column: "pd.Series[str]", name: str) -> "pd.Series[str]":
@@ -362,7 +366,8 @@ def _check_labels(rows: pd.DataFrame, name: str, separator: str = "|") -> None:
         if separator in label:
             image = rows.loc[rows["label"] == label, "image_id"].iloc[0]
             raise _multi_label(name, image, label.split(separator))
-        if label.startswith(".") or "/" in label or "\\" in label or not label.isprintable():
+        odd = label.startswith(".") or "/" in label or "\\" in label or not label.isprintable()
+        if odd or len(label.encode()) > MAX_LABEL_BYTES:
             raise DataError(f"{name}: the label {label!r} cannot be the name of a folder; rename it")
 
 
@@ -448,6 +453,15 @@ def _file_facts(path: Path) -> tuple[str, int, int]:
                 return sha256, 0, 0
     except OSError:
         return "", 0, 0
+
+
+def _check_splits(rows: pd.DataFrame, data_dir: Path) -> None:
+    absent = [split for split in ("train", "val", "test") if split not in set(rows["split"])]
+    if absent:
+        raise DataError(
+            f"{data_dir} names splits, but none is {' or '.join(absent)}; add what is absent, or leave the splits out "
+            "(label folders side by side, no column split) so that all three are made"
+        )
 
 
 def _split(rows: pd.DataFrame, shares: SplitShares, seed: int) -> "pd.Series[str]":

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from raresynth.dataset.images import to_rgb
 from raresynth.progress import progress
 
 HASH_SIDE = 16
@@ -103,5 +104,4 @@ def _phash(image: Image.Image) -> bytes:
 
     image.draft("L", (DRAFT_SIDE, DRAFT_SIDE))
     image.load()
-    upright = ImageOps.exif_transpose(image).convert("L")
-    return np.packbits(imagehash.phash(upright, hash_size=HASH_SIDE).hash).tobytes()
+    return np.packbits(imagehash.phash(to_rgb(image).convert("L"), hash_size=HASH_SIDE).hash).tobytes()

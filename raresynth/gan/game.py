@@ -83,7 +83,8 @@ class Game:
 
     def _judge(self, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """The discriminator's logits and features of a changed, noisy view of each image."""
-        seen = changed(images, self.settings.augmentation, rng)
+        with torch.autocast(rng.device.type, enabled=False):  # coordinates in bf16 would be off by whole pixels
+            seen = changed(images, self.settings.augmentation, rng)
         if self.settings.noise_std > 0:
             seen = seen + self.settings.noise_std * torch.randn(seen.shape, generator=rng, device=rng.device)
         logits, features = self.networks.discriminator(seen.contiguous(memory_format=torch.channels_last))

@@ -1,7 +1,6 @@
 """Two-stage training (seed paper, section II.C): a universal GAN on all classes, then one generator a class."""
 
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from raresynth.errors import CheckpointError, DataError, TrainingCollapse
 from raresynth.gan.batches import Batches
 from raresynth.gan.game import LOSSES, Game, Networks, build
 from raresynth.gan.presets import GanSettings, check_memory, resolve
-from raresynth.lineage import Report, load_checkpoint, save_checkpoint, write_report
+from raresynth.lineage import Report, load_checkpoint
 from raresynth.progress import progress
-from raresynth.training_state import flatten_optimizer, restore_optimizer
+from raresynth.training_state import finish, flatten_optimizer, load_state, restore_optimizer, save_state, save_weights
 
 CURVE_POINTS = 200
 CHECK_EVERY_STEPS = 25
@@ -193,13 +192,13 @@ def _named(**networks: torch.nn.Module) -> dict[str, Tensor]:
 
 def _train(run: _Run, game: Game, images: Tensor, out_dir: Path, checkpoint_every_s: float) -> GanReport:
     """Train to the end, from the last checkpoint if there is one, and write the results."""
-    settings, state_dir = run.settings, out_dir / "state"
+    settings = run.settings
     batches = Batches(len(images), settings.batch_size, run.seed, settings.wrap_batches)
     losses = torch.zeros(batches.steps(run.kimg * 1000), len(LOSSES), device=images.device)
-    step = _restore(game, losses, state_dir, run.meta(images))
+    step = _restore(game, losses, out_dir, run.meta(images))
     collapse = None
     try:
-        _loop(run, game, batches, images, losses, step, state_dir, checkpoint_every_s)
+        _loop(run, game, batches, images, losses, step, out_dir, checkpoint_every_s)
     except TrainingCollapse as error:
         collapse = error
     finished = len(losses) if collapse is None else collapse.step - 1
@@ -207,7 +206,7 @@ def _train(run: _Run, game: Game, images: Tensor, out_dir: Path, checkpoint_ever
     if collapse is None:
         networks = game.networks
         tensors = _named(generator=networks.generator_ema, discriminator=networks.discriminator)
-        digest = _save_final(out_dir, tensors, run.meta(images))
+        digest = save_weights(out_dir, tensors, run.meta(images))
     report = GanReport(
         status="trained" if collapse is None else "collapsed",
         reason=None if collapse is None else str(collapse),
@@ -226,8 +225,7 @@ def _train(run: _Run, game: Game, images: Tensor, out_dir: Path, checkpoint_ever
         parent_sha256=run.parent_sha256,
         curves=_curves(losses[:finished].cpu().numpy(), batches),
     )
-    write_report(out_dir / "report.json", report)
-    shutil.rmtree(state_dir, ignore_errors=True)
+    finish(out_dir, report)
     return report
 
 
@@ -238,7 +236,7 @@ def _loop(
     images: Tensor,
     losses: Tensor,
     first: int,
-    state_dir: Path,
+    out_dir: Path,
     checkpoint_every_s: float,
 ) -> None:
     """Steps first .. len(losses) - 1; fills `losses`, and saves the state now and then.
@@ -266,7 +264,7 @@ def _loop(
                 advance(shown - batches.images_before(checked), f"D {d_loss:.2f}, G {g_loss:.2f}")
                 checked = step + 1
             if due:
-                _save_state(game, losses, step + 1, state_dir, run.meta(images))
+                _save_state(game, losses, step + 1, out_dir, run.meta(images))
                 saved_at = time.monotonic()
 
 
@@ -283,39 +281,28 @@ def _check_finite(losses: Tensor, first: int) -> None:
         raise TrainingCollapse(first + row + 1, LOSSES[column])
 
 
-def _save_state(game: Game, losses: Tensor, step: int, state_dir: Path, meta: dict[str, Any]) -> None:
+def _save_state(game: Game, losses: Tensor, step: int, out_dir: Path, meta: dict[str, Any]) -> None:
     tensors = {
         **_named(**vars(game.networks)),
         **flatten_optimizer("g_optimizer", game.g_optimizer),
         **flatten_optimizer("d_optimizer", game.d_optimizer),
         "losses": losses[:step],
     }
-    save_checkpoint(state_dir, tensors, {"step": step, "run": meta})
+    save_state(out_dir, step, tensors, {"run": meta})
 
 
-def _restore(game: Game, losses: Tensor, state_dir: Path, meta: dict[str, Any]) -> int:
+def _restore(game: Game, losses: Tensor, out_dir: Path, meta: dict[str, Any]) -> int:
     """Put back the state of this very run if there is one; returns the steps already done."""
-    if not state_dir.exists():
+    state = load_state(out_dir, meta, losses.device.type)
+    if state is None:
         return 0
-    tensors, saved = load_checkpoint(state_dir, losses.device.type)
-    if saved["run"] != meta:
-        return 0
+    tensors, saved = state
     for name, network in vars(game.networks).items():
         network.load_state_dict(_part(tensors, name))
     restore_optimizer("g_optimizer", game.g_optimizer, tensors)
     restore_optimizer("d_optimizer", game.d_optimizer, tensors)
     losses[: saved["step"]] = tensors["losses"]
     return int(saved["step"])
-
-
-def _save_final(out_dir: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    """Put the final checkpoint beside the state, which goes last: a kill in between repeats the last steps only."""
-    finished = out_dir / "finished"
-    digest = save_checkpoint(finished, tensors, meta)
-    for file in list(finished.iterdir()):
-        file.replace(out_dir / file.name)
-    finished.rmdir()
-    return digest
 
 
 def _curves(losses: np.ndarray[Any, np.dtype[np.float32]], batches: Batches) -> GanCurves:

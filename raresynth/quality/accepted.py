@@ -46,8 +46,12 @@ def gate(
         label: ClassDecision(label=label, decision="insufficient", reasons=[why]) for label, why in unmeasured.items()
     }
     accepted = [label for label, decision in decisions.items() if decision.decision == "accepted"]
+    # A class may be called "None": nothing is to be taken for an absent value.
     frames = [
-        pd.read_csv(synthetic_dirs[label] / "manifest.csv", dtype={"label": str, "image_id": str}) for label in accepted
+        pd.read_csv(
+            synthetic_dirs[label] / "manifest.csv", dtype={"label": str, "image_id": str}, keep_default_na=False
+        )
+        for label in accepted
     ]
     usable = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
     write_text(out_dir / "accepted.csv", usable.to_csv(index=False, lineterminator="\n"))

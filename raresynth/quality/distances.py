@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
 Z_95 = 1.959964
 
 
@@ -38,19 +39,50 @@ def polynomial_kernel(x: Array, y: Array) -> Array:
     return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
 
 
-def kernel_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """KID: unbiased MMD^2 between feature sets (N, D) and (M, D), N, M >= 2; may be slightly negative."""
+def kernel_distance(
+    first: npt.ArrayLike, second: npt.ArrayLike, first_groups: Groups | None = None, second_groups: Groups | None = None
+) -> float:
+    """KID: unbiased MMD^2 between feature sets (N, D) and (M, D), N, M >= 2; may be slightly negative.
+
+    Args:
+        first_groups, second_groups: group number of each image; pairs within a group, which are alike because they
+            show one lesion, would bias the means within a set and are left out. None: every image is its own.
+    """
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     return (
-        _mean_off_diagonal(polynomial_kernel(x, x))
-        + _mean_off_diagonal(polynomial_kernel(y, y))
+        _Within.of(polynomial_kernel(x, x), np.arange(len(x)) if first_groups is None else first_groups).mean
+        + _Within.of(polynomial_kernel(y, y), np.arange(len(y)) if second_groups is None else second_groups).mean
         - 2 * float(polynomial_kernel(x, y).mean())
     )
 
 
-def _mean_off_diagonal(kernel: Array) -> float:
-    n = len(kernel)
-    return float((kernel.sum() - np.trace(kernel)) / (n * (n - 1)))
+@dataclass(frozen=True)
+class _Within:
+    """Sum of a kernel over pairs of different groups (0 to G - 1) of one sample, and each group's share in it."""
+
+    total: float
+    pairs: int
+    rows: Array
+    """(G,) sum over the pairs whose first image is of the group."""
+    row_pairs: Groups
+    """(G,) number of those pairs."""
+
+    @classmethod
+    def of(cls, kernel: Array, groups: Groups) -> "_Within":
+        kernel = np.where(groups[:, None] == groups[None], 0.0, kernel)
+        sizes: Groups = np.bincount(groups)
+        row_pairs = sizes * (len(kernel) - sizes)
+        rows = np.bincount(groups, weights=kernel.sum(1)).astype(np.float64)
+        return cls(float(kernel.sum()), int(row_pairs.sum()), rows, row_pairs)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.pairs
+
+    @property
+    def means_without(self) -> Array:
+        """(G,) the mean without each group."""
+        return np.asarray((self.total - 2 * self.rows) / (self.pairs - 2 * self.row_pairs))
 
 
 @dataclass(frozen=True)
@@ -91,56 +123,38 @@ class Estimates:
 
 
 def kernel_distances(
-    real: npt.ArrayLike, fake: npt.ArrayLike, other: npt.ArrayLike, real_groups: npt.NDArray[np.int64]
+    real: npt.ArrayLike, fake: npt.ArrayLike, other: npt.ArrayLike, real_groups: Groups, other_groups: Groups
 ) -> Estimates:
     """KID(real, fake) and KID(real, other), with the covariance of their errors.
 
-    The covariance is the jackknife's over all three samples; reals of one group (lesion, patient) are left out
+    The covariance is the jackknife's over all three samples; images of one group (lesion, patient) are left out
     together, since they are not independent.
 
     Args:
-        real, fake, other: features (N, D), (M, D), (L, D).
-        real_groups: group number of each real, 0 to G - 1, G >= 3.
+        real, fake, other: features (N, D), (M, D), (L, D); other are reals of another class.
+        real_groups, other_groups: group number of each real, 0 to G - 1, G >= 3.
     """
     x, y, z = (np.asarray(part, dtype=np.float64) for part in (real, fake, other))
-    xx = _LeftOut.within(polynomial_kernel(x, x), real_groups)
-    yy = _LeftOut.within(polynomial_kernel(y, y), np.arange(len(y)))
-    zz = _LeftOut.within(polynomial_kernel(z, z), np.arange(len(z)))
-    k_xy, k_xz = polynomial_kernel(x, y), polynomial_kernel(x, z)
-    xy, yx = _LeftOut.between(k_xy, real_groups), _LeftOut.between(k_xy.T, np.arange(len(y)))
-    xz, zx = _LeftOut.between(k_xz, real_groups), _LeftOut.between(k_xz.T, np.arange(len(z)))
-    over_real = np.stack([xx.without - 2 * xy.without, xx.without - 2 * xz.without])
-    over_fake, over_other = yy.without - 2 * yx.without, zz.without - 2 * zx.without
+    fake_groups = np.arange(len(y))
+    xx = _Within.of(polynomial_kernel(x, x), real_groups)
+    yy = _Within.of(polynomial_kernel(y, y), fake_groups)
+    zz = _Within.of(polynomial_kernel(z, z), other_groups)
+    xy, xz = polynomial_kernel(x, y), polynomial_kernel(x, z)
+    over_real = xx.means_without - 2 * np.stack([_means_without(xy, real_groups), _means_without(xz, real_groups)])
+    over_fake = yy.means_without - 2 * _means_without(xy.T, fake_groups)
+    over_other = zz.means_without - 2 * _means_without(xz.T, other_groups)
     covariance = _jackknife_covariance(over_real)
     covariance[0, 0] += _jackknife_covariance(over_fake[None])[0, 0]
     covariance[1, 1] += _jackknife_covariance(over_other[None])[0, 0]
-    return Estimates(xx.whole + yy.whole - 2 * xy.whole, xx.whole + zz.whole - 2 * xz.whole, covariance)
+    to_fake, to_other = xx.mean + yy.mean - 2 * float(xy.mean()), xx.mean + zz.mean - 2 * float(xz.mean())
+    return Estimates(to_fake, to_other, covariance)
 
 
-@dataclass(frozen=True)
-class _LeftOut:
-    """Mean of a kernel matrix, and its means without each group."""
-
-    whole: float
-    without: Array
-
-    @classmethod
-    def within(cls, kernel: Array, groups: npt.NDArray[np.int64]) -> "_LeftOut":
-        """Mean over pairs of different images of one sample."""
-        n, sizes = len(kernel), np.bincount(groups)
-        np.fill_diagonal(kernel, 0.0)
-        total = kernel.sum()
-        rows = np.bincount(groups, weights=kernel.sum(1))
-        own = np.bincount(groups, weights=(kernel * (groups[:, None] == groups[None])).sum(1))
-        left = n - sizes
-        return cls(float(total / (n * (n - 1))), (total - 2 * rows + own) / (left * (left - 1)))
-
-    @classmethod
-    def between(cls, kernel: Array, groups: npt.NDArray[np.int64]) -> "_LeftOut":
-        """Mean over pairs (row, column) of two samples; groups of rows are left out."""
-        (n, m), sizes = kernel.shape, np.bincount(groups)
-        total, rows = kernel.sum(), np.bincount(groups, weights=kernel.sum(1))
-        return cls(float(total / (n * m)), (total - rows) / ((n - sizes) * m))
+def _means_without(kernel: Array, groups: Groups) -> Array:
+    """(G,) mean of a kernel (N, M) between two samples without each group of rows."""
+    (n, m), sizes = kernel.shape, np.bincount(groups)
+    rows = np.bincount(groups, weights=kernel.sum(1))
+    return np.asarray((kernel.sum() - rows) / ((n - sizes) * m))
 
 
 def _jackknife_covariance(without: Array) -> Array:

@@ -6,7 +6,7 @@ and compression as well as to content; principal components of the train reals m
 """
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,10 @@ from raresynth.config import EncoderConfig
 from raresynth.dataset.images import Pixels, load_images
 from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
-from raresynth.lineage import Report, load_checkpoint, save_checkpoint, write_report
+from raresynth.lineage import Report, load_checkpoint
 from raresynth.progress import progress
 from raresynth.quality.controls import EncoderControls, check_encoder
-from raresynth.training_state import flatten_optimizer, restore_optimizer
+from raresynth.training_state import finish, flatten_optimizer, load_state, restore_optimizer, save_state, save_weights
 
 Features = npt.NDArray[np.float32]
 
@@ -215,13 +215,13 @@ def train_encoder(
     if len(train) < 8:
         raise DataError(f"{manifest_path} has {len(train)} train images and the encoder needs 8; add images")
     images = load_images(train, data_dir, config.resolution, cache_dir)
-    network, losses = _train(images, out_dir / "state", config, seed, device)
+    network, losses = _train(images, out_dir, config, seed, device)
     statistics = stage_statistics(network, images, device)
     center, projection, explained = fit_projection(statistics, config.width, config.dimensions)
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     tensors |= {"center": torch.from_numpy(center), "projection": torch.from_numpy(projection)}
     meta = {"kind": "encoder", "width": config.width, "resolution": config.resolution}
-    sha256 = save_checkpoint(out_dir, tensors, meta)
+    sha256 = save_weights(out_dir, tensors, meta)
     val = manifest[manifest["split"] == "val"]
     controls = check_encoder(
         Encoder.load(out_dir).features,
@@ -241,19 +241,19 @@ def train_encoder(
         explained_variance=explained,
         controls=controls,
     )
-    write_report(out_dir / "report.json", report)
+    finish(out_dir, report)
     return report
 
 
 def _train(
-    images: Pixels, state_dir: Path, config: EncoderConfig, seed: int, device: str
+    images: Pixels, out_dir: Path, config: EncoderConfig, seed: int, device: str
 ) -> tuple[EncoderNetwork, list[float]]:
     torch.manual_seed(seed)
     model = BarlowTwins(config.width).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     losses: list[float] = []
-    fingerprint = {"config": config.model_dump(mode="json"), "seed": seed, "n_images": len(images)}
-    saved = _saved_state(state_dir, fingerprint, device)
+    run = {"config": config.model_dump(mode="json"), "seed": seed, "n_images": len(images)}
+    saved = load_state(out_dir, run, device)
     if saved is not None:
         tensors, meta = saved
         model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
@@ -274,21 +274,11 @@ def _train(
             optimizer.step()
             losses.append(float(loss.detach()))
             advance(note=f"loss {losses[-1]:.2f}")
-            if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 and step + 1 < config.steps:
+            if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 or step + 1 == config.steps:
                 weights = {f"model.{name}": value for name, value in model.state_dict().items()}
                 tensors = weights | flatten_optimizer("optimizer", optimizer)
-                save_checkpoint(state_dir, tensors, {**fingerprint, "losses": losses})
+                save_state(out_dir, step + 1, tensors, {"run": run, "losses": losses})
     return model.encoder.eval(), losses
-
-
-def _saved_state(
-    folder: Path, fingerprint: dict[str, Any], device: str
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The training state in `folder`, if it is there and of the same training."""
-    if not (folder / "meta.json").exists():
-        return None
-    tensors, meta = load_checkpoint(folder, device)
-    return (tensors, meta) if {key: meta.get(key) for key in fingerprint} == fingerprint else None
 
 
 def _schedule(step: int, steps: int) -> float:

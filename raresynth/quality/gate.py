@@ -6,8 +6,8 @@ to 40-150 reals, with sets of images whose worth is known (tests/test_gate.py re
 - FD, KID ratio <= 0.5: nearer to the own class than half-way to the nearest other one. Unseen reals lie about 0. The
   standard errors behind the bounds agree with the scatter over independent samples (100 reals of nv against bkl: FD 0.9
   against 0.9, KID 0.035 against 0.025). Classes that lie close together need more reals before this can be settled.
-- Coverage ratio >= 0.5: at least half of what unseen reals reach. These have lower bounds of 0.7 to 0.9; generators
-  that show a few faces of a class have 0.2 to 0.4.
+- Coverage ratio >= 0.6 of what unseen reals reach. These have lower bounds of 0.7 to 0.9; generators that show a few
+  faces of a class have 0.2 to 0.4.
 - Near-copy distance 0.5: 96 to 100 % of training images that were turned, mirrored, shifted by fractions of up to
   2 of 32 pixels, recoloured and noised lie under it, and 0 to 0.7 % of unseen reals.
 - Near-copy share <= 2.5 %: with 230 or more synthetic images one jittered copy in twenty is rejected, and unseen reals

@@ -21,6 +21,8 @@ from raresynth.quality.reports import Copying, Distance, Fid, NearestReal, Propo
 
 MIN_REAL = 12
 MIN_GROUPS = 4
+MIN_TRAIN_GROUPS = 3
+MIN_HALF = 4
 MIN_OTHER = 12
 PARTS = 4
 """At most this many disjoint subsets of the fakes meet each half of the reals."""
@@ -56,6 +58,7 @@ def measure(
     manifest = manifest[manifest["split"] != "test"]
     fakes = _read_synthetic(synthetic_dir / "manifest.csv", config.max_images, seed)
     real, binding = _reals(manifest[manifest["label"] == label], label, config)
+    train = _train(manifest[manifest["label"] == label], label)
     real = _at_most(real, config.max_images, seed)
     encoder = Encoder.load(encoder_dir)
 
@@ -63,21 +66,25 @@ def measure(
         return encoder.features(load_images(frame, root, encoder.resolution, cache_dir))
 
     others = {
-        str(name): features(_at_most(frame, config.max_images, seed), data_dir)
-        for name, frame in manifest[manifest["label"] != label].groupby("label")
-        if len(frame) >= MIN_OTHER
+        str(name): Others(features(frame, data_dir), _numbers(frame["group"]))
+        for name, every in manifest[manifest["label"] != label].groupby("label")
+        for frame in [_at_most(every, config.max_images, seed)]
+        if len(frame) >= MIN_OTHER and frame["group"].nunique() >= MIN_GROUPS
     }
     if not others:
         raise DataError(
-            f"{manifest_path} has no class but {label} with {MIN_OTHER} images; add another to compare with"
+            f"{manifest_path} has no class but {label} with {MIN_OTHER} images of {MIN_GROUPS} groups; "
+            "add another to compare with"
         )
     real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
     groups = _numbers(real["group"])
-    kids = {name: kernel_distances(real_features, fake_features, other, groups) for name, other in others.items()}
+    kids = {
+        name: kernel_distances(real_features, fake_features, other.features, groups, other.groups)
+        for name, other in others.items()
+    }
     other_label, other_note = nearest_other(label, kids)
     kid = kids[other_label]
     halves = compare_halves(real_features, fake_features, others[other_label], groups, config.real_splits, seed)
-    train = manifest[(manifest["label"] == label) & (manifest["split"] == "train")]
     unseen = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
     fid, fid_note = _fid(real, data_dir, fakes, synthetic_dir.parent, config, seed, cache_dir)
     report = QualityReport(
@@ -105,7 +112,8 @@ def measure(
 
 def _read_synthetic(path: Path, limit: int, seed: int) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(path, dtype={"image_id": str, "path": str, "label": str, "sha256": str})
+        dtype = {"image_id": str, "path": str, "label": str, "sha256": str}
+        frame = pd.read_csv(path, dtype=dtype, keep_default_na=False)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run synthesize first") from error
     if len(frame) < 2 * MIN_REAL:
@@ -123,6 +131,16 @@ def _reals(frame: pd.DataFrame, label: str, config: QualityConfig) -> tuple[pd.D
             f"measuring needs {MIN_REAL} of {MIN_GROUPS}; add images or raise validation.min_images"
         )
     return real, binding
+
+
+def _train(frame: pd.DataFrame, label: str) -> pd.DataFrame:
+    train = frame[frame["split"] == "train"]
+    if train["group"].nunique() < MIN_TRAIN_GROUPS:
+        raise TooFewImages(
+            f"the train images of class {label} are of {train['group'].nunique()} groups, and telling whether they are "
+            f"copied needs {MIN_TRAIN_GROUPS}; add images of other groups"
+        )
+    return train
 
 
 def _binding_note(label: str, config: QualityConfig) -> str:
@@ -154,6 +172,14 @@ def _at_most(frame: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
 
 def _numbers(groups: "pd.Series[str]") -> npt.NDArray[np.int64]:
     return np.asarray(pd.factorize(groups)[0], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Others:
+    """Reals of another class: features (L, D), and the group number of each."""
+
+    features: Features
+    groups: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -230,28 +256,31 @@ def grouped_halves(
 
 
 def compare_halves(
-    real: Features, fake: Features, other: Features, groups: npt.NDArray[np.int64], splits: int, seed: int
+    real: Features, fake: Features, other: Others, groups: npt.NDArray[np.int64], splits: int, seed: int
 ) -> Halves:
     """Compare random halves of the reals, split by group, with as many fakes, other reals, and reals of the other half.
 
     The fakes' part of each comparison is a random half of them, cut into up to four subsets whose figures are averaged.
 
     Args:
-        real, fake, other: features (N, D), (M, D), (L, D).
-        groups: group number of each real.
+        real, fake: features (N, D), (M, D).
+        groups: group number of each real, 0 to G - 1.
     """
     rng = np.random.default_rng([seed, 1])
     pairs = [grouped_halves(groups, rng) for _ in range(splits)]
-    size = min(min(len(a), len(b)) for a, b in pairs)
-    size = min(size, len(fake) // 2, len(other) // 2)
+    fake_groups = np.arange(len(fake))
+    halves = [(grouped_halves(fake_groups, rng)[0], grouped_halves(other.groups, rng)[0]) for _ in range(splits)]
+    size = min(len(half) for split in (*pairs, *halves) for half in split)
+    if size < MIN_HALF:
+        raise TooFewImages(f"one group holds nearly all images, so that a half has {size}; add images of other groups")
     rows: dict[str, list[float]] = {}
-    for first, second in pairs:
+    for (first, second), (of_fake, of_other) in zip(pairs, halves, strict=True):
         a, b = real[rng.permutation(first)[:size]], real[rng.permutation(second)[:size]]
         row = _compare(a, b, " real")
-        for sample, suffix in ((fake, ""), (other, " other")):
-            half = rng.permutation(len(sample))[: len(sample) // 2]
+        for sample, half, suffix in ((fake, of_fake, ""), (other.features, of_other, " other")):
+            shuffled = rng.permutation(half)
             parts = [
-                _compare(a, sample[half[i * size : (i + 1) * size]], suffix)
+                _compare(a, sample[shuffled[i * size : (i + 1) * size]], suffix)
                 for i in range(min(PARTS, len(half) // size))
             ]
             row |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
@@ -269,7 +298,7 @@ def kernel_floor(real: Features, groups: npt.NDArray[np.int64], splits: int, see
     """Mean KID between random halves of the reals, split by group."""
     rng = np.random.default_rng([seed, 2])
     pairs = (grouped_halves(groups, rng) for _ in range(splits))
-    return float(np.mean([kernel_distance(real[a], real[b]) for a, b in pairs]))
+    return float(np.mean([kernel_distance(real[a], real[b], groups[a], groups[b]) for a, b in pairs]))
 
 
 def _fid(
