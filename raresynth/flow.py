@@ -117,12 +117,9 @@ def _build_manifest(task: Task) -> Outcome:
 
 
 def _validate(task: Task) -> Outcome:
-    from raresynth.classifier.network import check_model
     from raresynth.dataset.expectations import validate
 
-    # Better now than after hours of training.
-    _named_files(task.run.params, ("classifier", "quality"))
-    check_model(task.run.params.classifier.model)
+    _named_files(task.run.params, ("classifier", "quality"))  # better now than after hours of training
     manifest = task.path("build-manifest") / "manifest.csv"
     validate(task.run.data_dir, manifest, task.out_dir, task.run.params.validation)
     return DONE
@@ -137,9 +134,11 @@ def _train_encoder(task: Task) -> Outcome:
 
 
 def _pretrain(task: Task) -> Outcome:
+    from raresynth.classifier.network import check_model
     from raresynth.gan.training import pretrain
 
     run = task.run
+    check_model(run.params.classifier.model)  # better now than after hours of training
     report = pretrain(
         run.data_dir,
         task.manifest,

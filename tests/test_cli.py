@@ -129,7 +129,7 @@ def test_out_that_cannot_be_a_folder(tmp_path: Path, params: Path, command: str,
     assert "params.yaml" in sentence(done)
 
 
-def test_a_weights_file_that_is_not_there_is_found_before_any_training(
+def test_a_model_or_weights_file_that_is_not_there_is_found_before_any_training(
     tiny_run: flow.Run, tmp_path: Path, params: Path
 ) -> None:
     for knob in ("classifier: {weights: absent.safetensors}", "quality: {inception: absent.pth}"):
@@ -137,8 +137,10 @@ def test_a_weights_file_that_is_not_there_is_found_before_any_training(
         params.write_text(knob + "\n")
         assert run("build-manifest", "--data", tiny_run.data_dir, "--params", params, "--out", out).returncode == 0
         assert "absent" in sentence(run("validate", "--out", out))
-    params.write_text("classifier: {model: resnet1}\n")
-    assert "resnet1" in sentence(run("validate", "--out", out, "--params", params))
+    misnamed = tiny_run.params.classifier.model_copy(update={"model": "resnet1"})
+    params.write_text(tiny_run.params.model_copy(update={"classifier": misnamed}).model_dump_json())
+    assert run("validate", "--out", out, "--params", params).returncode == 0
+    assert "resnet1" in sentence(run("pretrain", "--out", out))
 
 
 def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
