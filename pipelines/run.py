@@ -1,6 +1,7 @@
 """Run the augmentation pipeline on this machine: `python -m pipelines.run DATA PARAMS OUT`."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -90,6 +91,9 @@ def _quiet(log: IO[str]) -> Iterator[None]:
 
 def _console() -> str:
     """The file behind this process's stderr, for the tasks to write to."""
+    for descriptor in (1, 2):
+        # Tasks open a log file anew; without this, what is written here would overwrite what they wrote.
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_APPEND)
     return os.ttyname(2) if os.isatty(2) else f"/proc/{os.getpid()}/fd/2"
 
 

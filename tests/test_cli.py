@@ -167,3 +167,15 @@ def test_interrupt_ends_with_one_sentence(tiny_run: flow.Run, tmp_path: Path) ->
     assert process.returncode == 130
     assert "Traceback" not in output
     assert output.count("raresynth: interrupted") == 1
+
+
+def test_a_log_file_holds_what_tasks_and_runner_wrote(tiny_data: Path, tmp_path: Path, params: Path) -> None:
+    params.write_text("validation: {min_images: 10000}\n")
+    command = ["run", "--data", tiny_data, "--params", params, "--out", tmp_path / "out"]
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run(
+            [sys.executable, "-P", "-m", "raresynth.cli", *map(str, command)], stdout=log, stderr=log, check=False
+        )
+    text = (tmp_path / "log").read_text()
+    assert text.startswith("read files: ")
+    assert text.splitlines()[-1].startswith("raresynth: 0 usable classes remain")
