@@ -40,6 +40,8 @@ def print_table(out: Path) -> None:
     print("| stage | tasks | seconds, added up | peak memory of a task, MB |\n|---|---|---|---|")
     for name in STAGES:
         entries = [entry for task, entry in log["stages"].items() if task.split("/")[0] == name]
+        if not entries:
+            continue
         seconds, memory = sum(e["seconds"] for e in entries), max(e["peak_memory_mb"] for e in entries)
         print(f"| {name} | {len(entries)} | {seconds:.1f} | {memory:,.0f} |")
 
