@@ -1,70 +1,89 @@
-"""Train-step throughput of the GAN: images/s per preset and resolution, both stages.
+"""Train-step throughput of the GAN: images/s by preset, resolution and stage, parameters and peak memory.
 
-    .venv/bin/python benchmarks/gan_step.py [--device cuda] [--precision fp32] [--width 32] [--batch-size 32]
+    python -P benchmarks/gan_step.py [--device cuda] [--resolution 64] [--precision fp32]
 
-A step updates D and G once and moves the average; nothing is read or saved. Median of the timed steps.
+A step updates D and G, with the penalty as often as in training, and moves the average; nothing is read or saved.
+Presets have their own widths and batches unless these are given.
 """
 
 import argparse
 import platform
-import statistics
+import resource
 import time
 
 import torch
 
 from raresynth.config import GanConfig
-from raresynth.gan.game import Game, build
 from raresynth.gan.presets import PRESETS, resolve
+from raresynth.gan.training import new_game
 
-RESOLUTIONS = (32, 64, 128)
+RESOLUTIONS = (32, 64, 128, 256)
+ROUND = 16
+"""Steps timed together: two lazy penalties."""
 
 
 def images_per_s(config: GanConfig, device: str, finetuning: bool, seconds: float) -> float:
+    """Images shown a second over rounds of whole penalty intervals, after one round to warm up."""
     settings = resolve(config)
-    networks = build(settings, 0, device)
-    if finetuning:
-        networks.discriminator.freeze(settings.freeze_d)
-    game = Game(networks, settings, alpha=settings.barlow_alpha if finetuning else 0.0)
+    game = new_game(settings, 7, 0, device, finetuning)
     rng = torch.Generator(device).manual_seed(0)
     shape = (settings.batch_size, settings.resolution, settings.resolution, 3)
     real = torch.rand(shape, device=device).permute(0, 3, 1, 2) * 2 - 1
+    labels = torch.arange(settings.batch_size, device=device) % 7
 
-    def step() -> float:
+    def rounds() -> float:
         start = time.perf_counter()
-        game.step(real, rng)
-        game.average(0.99)
+        for step in range(ROUND):
+            game.step(real, labels, rng, step, ROUND)
+            game.average(0.99)
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for _ in range(3):
-        step()
-    times = [step()]
+    rounds()
+    times = [rounds()]
     while sum(times) < seconds:
-        times.append(step())
-    return settings.batch_size / statistics.median(times)
+        times.append(rounds())
+    return ROUND * settings.batch_size * len(times) / sum(times)
+
+
+def parameters(config: GanConfig) -> tuple[float, float]:
+    """Of generator and discriminator, in millions."""
+    game = new_game(resolve(config), 7, 0, "cpu", finetuning=False)
+    return tuple(sum(p.numel() for p in net.parameters()) / 1e6 for net in (game.generator, game.discriminator))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=5.0, help="timed seconds for each row")
+    parser.add_argument("--preset", choices=PRESETS, action="append", help="only this one")
+    parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, action="append", help="only this one")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--seconds", type=float, default=5.0, help="timed seconds for each figure")
     args = parser.parse_args()
     chip = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
-    machine = f"{platform.machine()}, {chip}, torch {torch.__version__}"
-    print(f"{machine}, {args.precision}, width {args.width}, batch {args.batch_size}\n")
-    print("| preset | resolution | pretrain, images/s | finetune, images/s |\n|---|---|---|---|")
-    for preset in PRESETS:
-        for resolution in RESOLUTIONS:
+    print(f"{platform.machine()}, {chip}, torch {torch.__version__}, {args.precision}\n")
+    print("| preset | resolution | width | batch | G + D, M parameters | pretrain, images/s | finetune, images/s |")
+    print("|---|---|---|---|---|---|---|")
+    for preset in args.preset or PRESETS:
+        for resolution in args.resolution or RESOLUTIONS:
             config = GanConfig(
                 preset=preset, resolution=resolution, width=args.width, batch_size=args.batch_size,
                 precision=args.precision,
             )  # fmt: skip
+            settings = resolve(config)
             rates = [images_per_s(config, args.device, stage, args.seconds) for stage in (False, True)]
-            print(f"| {preset} | {resolution} | {rates[0]:.0f} | {rates[1]:.0f} |", flush=True)
+            size = "{:.2f} + {:.2f}".format(*parameters(config))
+            print(
+                f"| {preset} | {resolution} | {settings.width} | {settings.batch_size} | {size} "
+                f"| {rates[0]:.0f} | {rates[1]:.0f} |",
+                flush=True,
+            )
+    peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
+    peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\npeak memory: {peak:,.0f} MB")
 
 
 if __name__ == "__main__":

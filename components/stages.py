@@ -40,11 +40,18 @@ def train_encoder(
 
 
 @component
-def pretrain(data: str, params: str, store: str, validation: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]):
+def pretrain(
+    data: str,
+    params: str,
+    store: str,
+    validation: dsl.Input[dsl.Artifact],
+    encoder: dsl.Input[dsl.Artifact],
+    record: dsl.Output[dsl.Artifact],
+):
     """Train the universal generator on all train images."""
     from components.task import run
 
-    run("pretrain", data, params, store, record.path, {"validate": validation.path})
+    run("pretrain", data, params, store, record.path, {"validate": validation.path, "train-encoder": encoder.path})
 
 
 @component
@@ -54,13 +61,14 @@ def finetune(
     params: str,
     store: str,
     validation: dsl.Input[dsl.Artifact],
+    encoder: dsl.Input[dsl.Artifact],
     universal: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
 ):
     """Fine-tune the universal generator for one class."""
     from components.task import run
 
-    given = {"validate": validation.path, "pretrain": universal.path}
+    given = {"validate": validation.path, "train-encoder": encoder.path, "pretrain": universal.path}
     run("finetune", data, params, store, record.path, given, label)
 
 
@@ -71,14 +79,31 @@ def synthesize(
     params: str,
     store: str,
     validation: dsl.Input[dsl.Artifact],
+    encoder: dsl.Input[dsl.Artifact],
     generator: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
 ):
     """Make the images that balance one class."""
     from components.task import run
 
-    given = {"validate": validation.path, "finetune": generator.path}
+    given = {"validate": validation.path, "train-encoder": encoder.path, "finetune": generator.path}
     run("synthesize", data, params, store, record.path, given, label)
+
+
+@component
+def synthesize_majority(
+    data: str,
+    params: str,
+    store: str,
+    validation: dsl.Input[dsl.Artifact],
+    universal: dsl.Input[dsl.Artifact],
+    record: dsl.Output[dsl.Artifact],
+):
+    """Make images of the other classes, for the classifier that sees no real ones."""
+    from components.task import run
+
+    given = {"validate": validation.path, "pretrain": universal.path}
+    run("synthesize-majority", data, params, store, record.path, given)
 
 
 @component
@@ -103,13 +128,19 @@ def measure(
 
 @component
 def gate(
-    data: str, params: str, store: str, validation: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]
+    data: str,
+    params: str,
+    store: str,
+    validation: dsl.Input[dsl.Artifact],
+    majority: dsl.Input[dsl.Artifact],
+    record: dsl.Output[dsl.Artifact],
 ) -> List[str]:  # noqa: UP006
     """Decide for each class whether its images may be used; returns the classifier's arms."""
     from components.task import run
     from raresynth.flow import items
 
-    return items(run("gate", data, params, store, record.path, {"validate": validation.path}), "arm")
+    given = {"validate": validation.path, "synthesize-majority": majority.path}
+    return items(run("gate", data, params, store, record.path, given), "arm")
 
 
 @component

@@ -30,7 +30,13 @@ def build(parallel_tasks: int) -> dsl.base_component.BaseComponent:
     ):
         with dsl.ParallelFor(labels, parallelism=parallel_tasks) as label:
             generator = stages.finetune(
-                label=label, data=data, params=params, store=store, validation=validation, universal=universal
+                label=label,
+                data=data,
+                params=params,
+                store=store,
+                validation=validation,
+                encoder=encoder,
+                universal=universal,
             )
             synthetic = stages.synthesize(
                 label=label,
@@ -38,6 +44,7 @@ def build(parallel_tasks: int) -> dsl.base_component.BaseComponent:
                 params=params,
                 store=store,
                 validation=validation,
+                encoder=encoder,
                 generator=generator.outputs["record"],
             )
             stages.measure(
@@ -81,11 +88,12 @@ def build(parallel_tasks: int) -> dsl.base_component.BaseComponent:
         checked = stages.validate(**where, manifest=manifest.outputs["record"])
         validation = checked.outputs["record"]
         encoder = stages.train_encoder(**where, validation=validation).outputs["record"]
-        universal = stages.pretrain(**where, validation=validation).outputs["record"]
+        universal = stages.pretrain(**where, validation=validation, encoder=encoder).outputs["record"]
         classes = class_generators(
             labels=checked.outputs["Output"], **where, validation=validation, encoder=encoder, universal=universal
         )
-        gated = stages.gate(**where, validation=validation).after(classes)
+        majority = stages.synthesize_majority(**where, validation=validation, universal=universal).outputs["record"]
+        gated = stages.gate(**where, validation=validation, majority=majority).after(classes)
         decisions = gated.outputs["record"]
         arms = classifier_arms(arms=gated.outputs["Output"], **where, validation=validation, decisions=decisions)
         evaluated = stages.evaluate(**where, validation=validation, decisions=decisions).after(arms)

@@ -20,6 +20,7 @@ _HELP = {
     "pretrain": "train the universal generator on all train images",
     "finetune": "fine-tune a generator for each class that needs images",
     "synthesize": "make the images that balance the train split",
+    "synthesize-majority": "make images of the other classes, for the classifier that sees no real ones",
     "measure": "measure each class's synthetic images",
     "gate": "decide for each class whether its images may be used",
     "train-classifier": "train one classifier an arm, at equal steps",
@@ -69,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument(f"--{stage.each}", dest="item", help=f"only this {stage.each} (default: all)")
         one.set_defaults(command=_stage, stage=name, item=None)
 
+    tune = commands.add_parser("tune", help="search the GAN's knobs by val KID within a time budget")
+    tune.add_argument("--data", type=Path, help="folder of images (default: that of the run's last stage)")
+    tune.add_argument("--params", type=Path, help="params file to start from (default: that of the run's last stage)")
+    tune.add_argument("--out", type=Path, required=True, help="folder of the run; started again, the search goes on")
+    tune.add_argument("--minutes", type=float, required=True, help="time budget; at least one trial is run")
+    tune.set_defaults(command=_tune)
+
     export = commands.add_parser("export-dataset", help="write the balanced set as folders by label, with hashes")
     export.add_argument("--out", type=Path, required=True, help="folder of the run")
     export.add_argument("--to", type=Path, required=True, help="new folder for the balanced set")
@@ -85,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--label", required=True)
     generate.add_argument("--n", type=int, required=True, help="number of images")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--truncation", type=float, help="spread of the latents (default: as the gate judged it)")
     generate.add_argument("--out", type=Path, required=True, help="new folder for the images and their manifest")
     generate.set_defaults(command=_generate)
     return parser
@@ -151,13 +160,25 @@ def _check_place(store: Path, data: Path) -> None:
         raise ParamsError(f"{store} is not empty and holds no run, whose files would be mixed up; choose a new --out")
 
 
+def _tune(arguments: argparse.Namespace) -> None:
+    from raresynth.tuning import tune
+
+    run = _open_run(arguments.data, arguments.params, arguments.out)
+    with flow.only_run_of(run.store):
+        report = tune(run, arguments.minutes * 60)
+    best = report.trials[0]
+    knobs = ", ".join(f"{name} {value:.3g}" for name, value in best.knobs.items())
+    reached = "all collapsed" if best.score is None else f"mean KID {best.score:.4f}"
+    print(f"{len(report.trials)} trials, the best: {knobs} ({reached}) -> {run.store / 'tuning' / 'params.yaml'}")
+
+
 def _export_dataset(arguments: argparse.Namespace) -> None:
     from raresynth.dataset.export import export_dataset
 
     run = _open_run(None, None, arguments.out)
     manifest = run.store / flow.STAGES["validate"].place / "manifest.csv"
     accepted = run.store / flow.STAGES["gate"].place / "accepted.csv"
-    export_dataset(run.data_dir, manifest, accepted, run.store / "synthetic", arguments.to)
+    export_dataset(run.data_dir, manifest, accepted, run.store, arguments.to)
     print(f"balanced set -> {arguments.to}")
 
 
@@ -171,8 +192,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from raresynth.bundle.sampler import generate_folder
 
-    generate_folder(arguments.bundle, arguments.label, arguments.n, arguments.seed, arguments.out)
-    print(f"{arguments.n} synthetic images of {arguments.label} -> {arguments.out}")
+    a = arguments
+    generate_folder(a.bundle, a.label, a.n, a.seed, a.truncation, a.out)
+    print(f"{a.n} synthetic images of {a.label} -> {a.out}")
 
 
 if __name__ == "__main__":

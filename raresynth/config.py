@@ -15,6 +15,7 @@ from raresynth.errors import ParamsError
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(ge=1)]
@@ -98,37 +99,60 @@ class EncoderConfig(Config):
 
 
 class GanConfig(Config):
-    """The generative adversarial network; knobs left at null take the preset's value."""
+    """The generative adversarial network; knobs left at null take the preset's value.
 
-    preset: Literal["stgan-lite", "dcgan-base"] = "stgan-lite"
+    A knob below a preset's name is that preset's own, and refused with another.
+    """
+
+    preset: Literal["raresynth", "stgan-lite", "dcgan-base"] = "raresynth"
     resolution: Resolution = 32
     latent_dim: PositiveCount = 128
-    width: PositiveCount = 24
-    """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
-    batch_size: PositiveCount = 16
-    learning_rate: Positive = 2e-4
-    betas: tuple[Decay, Decay] = (0.5, 0.999)
     pretrain_kimg: Positive = 30.0
-    finetune_kimg: Positive = 8.0
+    finetune_kimg: Positive = 4.0
     ema_half_life_kimg: Positive = 2.0
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the networks' arithmetic; losses, penalties and weights are always fp32."""
     augmentation: Literal["none", "paper", "dermoscopy"] = "dermoscopy"
     """What the discriminator sees images through: the seed paper's policy, or one with quarter turns and shifts."""
-    barlow_alpha: Annotated[float, Field(ge=0.0)] | None = None
+    width: PositiveCount | None = None
+    """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
+    batch_size: PositiveCount | None = None
+    learning_rate: Positive | None = None
+    betas: tuple[Decay, Decay] | None = None
+    freeze_d: Count | None = None
+    """Discriminator blocks frozen while fine-tuning, counted from the image side."""
+
+    # raresynth
+    gradient_penalty: NotNegative | None = None
+    """Weight gamma of R1 + R2, halved."""
+    annealing: tuple[Share, Share] | None = None
+    """Parts of pre-training at which the class signal begins to come in, and is there in full."""
+    augmentation_target: Share | None = None
+    """Confidence of the discriminator that augmentation is strengthened or weakened to hold; 0 switches it off."""
+    class_power: Share | None = None
+    """A class of n images is drawn with weight n^(1 - this): 0 draws images equally, 1 classes."""
+    snapshots: PositiveCount | None = None
+    """Looks at the val KID over a training, evenly spread; the best snapshot is kept."""
+
+    # stgan-lite, dcgan-base
+    barlow_alpha: NotNegative | None = None
     """Weight of the Barlow Twins loss per feature in fine-tuning (equation 4); 0 switches it off."""
-    barlow_lambda: Positive = 5e-3
+    barlow_lambda: Positive | None = None
     generator_conv: Literal["depthwise", "dense"] | None = None
     discriminator: Literal["patch", "scalar"] | None = None
     barlow: Literal["pooled", "full"] | None = None
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
-    noise_std: Annotated[float, Field(ge=0.0)] | None = None
-    freeze_d: Count | None = None
-    """Discriminator blocks frozen while fine-tuning, counted from the image side."""
+    noise_std: NotNegative | None = None
     wrap_batches: bool | None = None
     """Fill a last, short batch from the next epoch; without it the batch stays short."""
-    memory_limit_mb: PositiveCount = 2048
+    memory_limit_mb: PositiveCount | None = None
     """Largest cross-correlation matrix that the full Barlow loss may hold."""
+
+    @model_validator(mode="after")
+    def _annealing_in_order(self) -> "GanConfig":
+        if self.annealing is not None and self.annealing[0] > self.annealing[1]:
+            raise ValueError("annealing must name the part at which it begins, then that at which it ends")
+        return self
 
 
 class BalanceConfig(Config):
@@ -147,6 +171,12 @@ class BalanceConfig(Config):
 
 class SynthesisConfig(Config):
     seed: Seed = 0
+    truncation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Standard deviation of the latents; less gives more typical images and less variety."""
+    typical_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.99
+    """Images farther from the train reals than this share of these are from each other are rejected; 1 rejects none."""
+    near_copy_distance: Share = 0.5
+    """Images nearer to a train image than this part of the distance to the next ones are rejected; 0 rejects none."""
 
 
 class QualityConfig(Config):
@@ -188,13 +218,19 @@ class ClassifierConfig(Config):
     synthetic_share: Share = 0.5
     """Part of a class's draws that real+synthetic takes from its synthetic images, where it has any."""
     arms: tuple[
-        Literal["real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic"], ...
-    ] = ("real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic")
-    """Strong augmentation and synthetic images come with balanced sampling too, since it helps every rare class."""
+        Literal[
+            "real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic", "synthetic"
+        ],
+        ...,
+    ] = ("real", "real+strong-augmentation", "real+weights", "real+balanced-sampling", "real+synthetic", "synthetic")
+    """Strong augmentation and synthetic images come with balanced sampling too, since it helps every rare class. The
+    arm `synthetic` sees no real image; it measures the generators and is never shipped."""
 
     @model_validator(mode="after")
     def _has_real_arm(self) -> "ClassifierConfig":
-        if not any(arm != "real+synthetic" for arm in self.arms) or len(set(self.arms)) != len(self.arms):
+        if not any(arm not in {"real+synthetic", "synthetic"} for arm in self.arms) or len(set(self.arms)) != len(
+            self.arms
+        ):
             raise ValueError("classifier.arms must be distinct and hold at least one arm trained on real images only")
         return self
 

@@ -24,12 +24,15 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raresynth import lineage
 from raresynth.config import Params
 from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages
 from raresynth.progress import lines_only
+
+if TYPE_CHECKING:
+    from raresynth.quality.judge import ValJudge
 
 ALL = "all"
 """Item of a stage that runs once."""
@@ -98,10 +101,15 @@ class Task:
     @property
     def device(self) -> str:
         """Where tensors live: "cpu" or "cuda"."""
-        return _device(self.run.params)
+        return device(self.run.params)
 
 
-def _device(params: Params) -> str:
+def device(params: Params) -> str:
+    """Where tensors live: "cpu" or "cuda".
+
+    Raises:
+        ParamsError: cuda is asked for and there is none.
+    """
     import torch
 
     if params.compute.device == "cuda" and not torch.cuda.is_available():
@@ -118,27 +126,29 @@ def _build_manifest(task: Task) -> Outcome:
 
 def _validate(task: Task) -> Outcome:
     from raresynth.dataset.expectations import validate
+    from raresynth.gan.presets import resolve
 
     _named_files(task.run.params, ("classifier", "quality"))  # better now than after hours of training
+    resolve(task.run.params.gan)
     manifest = task.path("build-manifest") / "manifest.csv"
     validate(task.run.data_dir, manifest, task.out_dir, task.run.params.validation)
     return DONE
 
 
 def _train_encoder(task: Task) -> Outcome:
+    from raresynth.classifier.network import check_model
     from raresynth.quality.encoder import train_encoder
 
     run, device = task.run, task.device
+    check_model(run.params.classifier.model)  # better now than after hours of training
     train_encoder(run.data_dir, task.manifest, task.out_dir, run.params.encoder, run.params.seed, device, run.packed)
     return DONE
 
 
 def _pretrain(task: Task) -> Outcome:
-    from raresynth.classifier.network import check_model
     from raresynth.gan.training import pretrain
 
     run = task.run
-    check_model(run.params.classifier.model)  # better now than after hours of training
     report = pretrain(
         run.data_dir,
         task.manifest,
@@ -148,6 +158,7 @@ def _pretrain(task: Task) -> Outcome:
         task.device,
         run.packed,
         run.params.compute.checkpoint_every_s,
+        _judge(task),
     )
     return DONE if report.status == "trained" else ("failed", f"universal generator: {report.reason or report.status}")
 
@@ -167,17 +178,52 @@ def _finetune(task: Task) -> Outcome:
         task.device,
         run.packed,
         run.params.compute.checkpoint_every_s,
+        _judge(task),
     )
     return DONE if report.status == "trained" else ("failed", report.reason or report.status)
+
+
+def _judge(task: Task) -> "ValJudge":
+    from raresynth.quality.judge import ValJudge
+
+    run = task.run
+    return ValJudge(run.data_dir, task.manifest, task.path("train-encoder"), run.params.seed, run.packed)
 
 
 def _synthesize(task: Task) -> Outcome:
     from raresynth.dataset.balance import images_to_synthesize
     from raresynth.dataset.manifest import read_manifest
     from raresynth.gan.sampling import synthesize
+    from raresynth.quality.sieve import TrainSieve
 
-    n = images_to_synthesize(read_manifest(task.manifest), task.run.params.balance)[task.item]
-    synthesize(task.path("finetune"), task.item, n, task.out_dir, task.run.params.synthesis.seed, task.device)
+    run, label = task.run, task.item
+    n = images_to_synthesize(read_manifest(task.manifest), run.params.balance)[label]
+    config = run.params.synthesis
+    sieve = TrainSieve(run.data_dir, task.manifest, task.path("train-encoder"), label, config, run.packed)
+    report = synthesize(task.path("finetune"), label, n, task.out_dir, config, task.device, sieve)
+    if report.n_images == n:
+        return DONE
+    why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.rejected.items())
+    return "failed", (
+        f"of {report.n_drawn} images drawn only {report.n_images} of the {n} wanted could be used ({why}); "
+        "train longer, or loosen synthesis.typical_share"
+    )
+
+
+def _synthesize_majority(task: Task) -> Outcome:
+    from raresynth.dataset.balance import images_to_synthesize
+    from raresynth.dataset.manifest import read_manifest
+    from raresynth.gan.sampling import synthesize
+
+    run = task.run
+    if "synthetic" not in run.params.classifier.arms:
+        return "skipped", "no arm of the classifier is trained on synthetic images alone"
+    manifest = read_manifest(task.manifest)
+    counts = manifest["label"][manifest["split"] == "train"].value_counts()
+    for label in sorted(counts.index.difference(list(images_to_synthesize(manifest, run.params.balance)))):
+        n = min(int(counts[label]), run.params.balance.max_per_class or int(counts[label]))
+        folder = task.out_dir / label
+        synthesize(task.path("pretrain"), label, n, folder, run.params.synthesis, task.device, None)
     return DONE
 
 
@@ -211,12 +257,16 @@ def _gate(task: Task) -> Outcome:
     def reasons(status: str) -> dict[str, str]:
         return {label: record.reason for label, record in records.items() if record.status == status}
 
-    measured = [label for label, record in records.items() if record.status == "done"]
+    def done(stage: str) -> dict[str, Path]:
+        return {of: task.path(stage, of) for of, record in task.needs[stage].items() if record.status == "done"}
+
+    majority = [folder for root in done("synthesize-majority").values() for folder in sorted(root.iterdir())]
     gate(
-        {label: task.path("measure", label) for label in measured},
+        done("measure"),
         reasons("failed"),
         reasons("skipped"),
-        {label: task.path("synthesize", label) for label in measured},
+        done("synthesize") | {folder.name: folder for folder in majority},
+        task.run.store,
         task.out_dir,
         task.run.params.gate,
     )
@@ -230,8 +280,8 @@ def _train_classifier(task: Task) -> Outcome:
     report = train_classifier(
         run.data_dir,
         task.manifest,
-        task.path("gate") / "accepted.csv",
-        run.store / "synthetic",
+        task.path("gate") / ("drawn.csv" if task.item == "synthetic" else "accepted.csv"),
+        run.store,
         task.item,
         task.out_dir,
         run.params.classifier,
@@ -354,6 +404,7 @@ class Stage:
 
 _IMAGES = ("dataset/images.py", "dataset/manifest.py", "lineage.py")
 _TRAINING = (*_IMAGES, "training_state.py")
+_JUDGING = tuple(f"quality/{name}.py" for name in ("copying", "distances", "encoder", "judge", "neighbours", "reals"))
 
 STAGES: dict[str, Stage] = {
     "build-manifest": Stage(_build_manifest, (), ("seed", "dataset"), ("dataset",), "manifest"),
@@ -368,28 +419,35 @@ STAGES: dict[str, Stage] = {
     ),
     "pretrain": Stage(
         _pretrain,
-        ("validate",),
+        ("validate", "train-encoder"),
         ("seed", "gan"),
-        (*_TRAINING, "gan"),
+        (*_TRAINING, "gan", *_JUDGING),
         "checkpoints/pretrain/{item}/{key}",
         resumes=True,
     ),
     "finetune": Stage(
         _finetune,
-        ("validate", "pretrain"),
+        ("validate", "train-encoder", "pretrain"),
         ("seed", "gan"),
-        (*_TRAINING, "gan"),
+        (*_TRAINING, "gan", *_JUDGING),
         "checkpoints/finetune/{item}/{key}",
         each="label",
         resumes=True,
     ),
     "synthesize": Stage(
         _synthesize,
-        ("validate", "finetune"),
+        ("validate", "train-encoder", "finetune"),
         ("balance", "synthesis"),
-        (*_IMAGES, "gan", "dataset/balance.py"),
+        (*_IMAGES, "gan", *_JUDGING, "quality/sieve.py", "dataset/balance.py"),
         "synthetic/{item}",
         each="label",
+    ),
+    "synthesize-majority": Stage(
+        _synthesize_majority,
+        ("validate", "pretrain"),
+        ("balance", "synthesis", "classifier"),
+        (*_IMAGES, "gan", "dataset/balance.py"),
+        "synthetic-majority",
     ),
     "measure": Stage(
         _measure,
@@ -400,7 +458,11 @@ STAGES: dict[str, Stage] = {
         each="label",
     ),
     "gate": Stage(
-        _gate, ("validate", "finetune", "synthesize", "measure"), ("gate",), ("quality", "lineage.py"), "gate"
+        _gate,
+        ("validate", "finetune", "synthesize", "synthesize-majority", "measure"),
+        ("gate",),
+        ("quality", "lineage.py"),
+        "gate",
     ),
     "train-classifier": Stage(
         _train_classifier,

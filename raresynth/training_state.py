@@ -61,6 +61,16 @@ def finish(out_dir: Path, report: Report) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors named `<prefix>.<key>`, by key."""
+    return {key.removeprefix(f"{prefix}."): t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by `<prefix>.<key>`."""
+    return {f"{prefix}.{key}": t for key, t in tensors.items()}
+
+
 def flatten_optimizer(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as tensors named `<prefix>.<parameter index>.<entry>`."""
     return {
@@ -72,9 +82,12 @@ def flatten_optimizer(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(prefix: str, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors made by `flatten_optimizer` back into an optimizer over the same parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(prefix + "."):
-            index, name = key.removeprefix(prefix + ".").split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
+    for key, tensor in part(tensors, prefix).items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        # Fused optimizers walk through memory: moments must lie there in the order of their parameter.
+        laid = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
+        state.setdefault(int(index), {})[name] = laid.detach()
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

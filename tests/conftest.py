@@ -30,6 +30,7 @@ TINY_PARAMS = {
         "resolution": 32,
         "width": 8,
         "latent_dim": 16,
+        "snapshots": 2,
         "batch_size": 16,
         "pretrain_kimg": 0.4,
         "finetune_kimg": 0.2,
@@ -37,13 +38,14 @@ TINY_PARAMS = {
         "precision": "fp32",
     },
     "balance": {"policy": "fixed", "count": 32},
+    "synthesis": {"typical_share": 1.0, "near_copy_distance": 0.0},
     "classifier": {
         "model": "test_resnet",
         "resolution": 32,
         "steps": 16,
         "batch_size": 16,
         "precision": "fp32",
-        "arms": ["real", "real+synthetic"],
+        "arms": ["real", "real+synthetic", "synthetic"],
     },
     "release": {"bootstrap_samples": 200},
 }
@@ -97,6 +99,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_manifest(folder / "manifest.csv", manifest)
     manifest[manifest["label"] == "red"].to_csv(folder / "accepted.csv", index=False)
     manifest[:0].to_csv(folder / "none.csv", index=False)
+    manifest.to_csv(folder / "drawn.csv", index=False)
     return folder
 
 

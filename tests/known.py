@@ -8,6 +8,7 @@ import pandas as pd
 from PIL import Image
 
 from raresynth.dataset.images import Pixels, decode_image
+from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.dataset.sample import draw_class
 
 SIDE = 32
@@ -37,9 +38,8 @@ def write_synthetic(images: Pixels, label: str, root: Path) -> Path:
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:06d}.png")
         path = f"{label}/images/{index:06d}.png"
-        rows.append((f"{label}-{index}", path, label, "none", 0, index, path, SIDE, SIDE))
-    columns = ["image_id", "path", "label", "generator", "seed", "index", "sha256", "width", "height"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder.parent / "manifest.csv", index=False)
+        rows.append((f"{label}-{index}", path, label, "none", 0, index, 1.0, path, SIDE, SIDE, 0, 0))
+    pd.DataFrame(rows, columns=list(SYNTHETIC_COLUMNS)).to_csv(folder.parent / "manifest.csv", index=False)
     return folder.parent
 
 

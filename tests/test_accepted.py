@@ -8,23 +8,36 @@ import pandas as pd
 
 from raresynth import flow
 from raresynth.config import GateConfig
-from raresynth.quality.accepted import COLUMNS, gate
+from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
+from raresynth.lineage import read_report, write_report
+from raresynth.quality.accepted import gate
+from raresynth.quality.reports import QualityReport
 
 GENEROUS = GateConfig(fd_ratio=1e9, kid_ratio=1e9, coverage_ratio=0.0, c_t=-1e9, near_copy_share=1.0)
+GOOD = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
 
 
 def folders(run: flow.Run, stage: str) -> dict[str, Path]:
     return {label: run.store / flow.read_record(run.store, stage, label).output for label in flow.items(run, "label")}
 
 
+def settled(folder: Path, to: Path) -> Path:
+    """The report of a class as it would be if its few images settled every ratio."""
+    report = read_report(folder / "report.json", QualityReport)
+    known = {name: getattr(report, name).model_copy(update=GOOD) for name in ("fd", "kid", "coverage")}
+    write_report(to / "report.json", report.model_copy(update=known))
+    return to
+
+
 def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_path: Path) -> None:
     quality, synthetic = folders(tiny_run, "measure"), folders(tiny_run, "synthesize")
     rejected = next(iter(quality))
     report = gate(
-        {label: folder for label, folder in quality.items() if label != rejected},
+        {label: settled(folder, tmp_path / label) for label, folder in quality.items() if label != rejected},
         {rejected: "training collapsed at step 7"},
         {"scarce": "class scarce has 3 real images"},
         synthetic,
+        tiny_run.store,
         tmp_path,
         GENEROUS,
     )
@@ -32,15 +45,19 @@ def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_p
     assert report.classes["scarce"].decision == "insufficient"
     assert report.classes["scarce"].reasons == ["class scarce has 3 real images"]
     accepted = [label for label, entry in report.classes.items() if entry.decision == "accepted"]
+    assert accepted == [label for label in quality if label != rejected]
     usable = pd.read_csv(tmp_path / "accepted.csv")
-    assert list(usable.columns) == list(COLUMNS)
+    assert list(usable.columns) == list(SYNTHETIC_COLUMNS)
     assert sorted(usable["label"].unique()) == sorted(accepted)
     assert usable["label"].value_counts().to_dict() == report.n_accepted
-    assert all((tiny_run.store / "synthetic" / path).is_file() for path in usable["path"])
+    drawn = pd.read_csv(tmp_path / "drawn.csv")
+    assert sorted(drawn["label"].unique()) == sorted(synthetic)  # accepted or not
+    assert all((tiny_run.store / path).is_file() for path in drawn["path"])
+    assert all((tiny_run.store / path).is_file() for path in usable["path"])
 
 
 def test_where_nothing_is_accepted_the_manifest_is_empty(tiny_run: flow.Run, tmp_path: Path) -> None:
-    gate({}, {"a": "collapsed"}, {}, {}, tmp_path, GateConfig())
+    gate({}, {"a": "collapsed"}, {}, {}, tmp_path, tmp_path, GateConfig())
     assert pd.read_csv(tmp_path / "accepted.csv").empty
     assert json.loads((tmp_path / "decisions.json").read_text())["classes"]["a"]["decision"] == "rejected"
 
@@ -61,9 +78,10 @@ def test_a_class_too_small_to_measure_stops_nothing(tiny_run: flow.Run, tmp_path
 def test_a_class_called_none_keeps_its_images(tiny_run: flow.Run, tmp_path: Path) -> None:
     quality, synthetic = folders(tiny_run, "measure"), folders(tiny_run, "synthesize")
     label = next(iter(quality))
-    for source, name, file in ((quality[label], "quality", "report.json"), (synthetic[label], "fakes", "manifest.csv")):
+    good = settled(quality[label], tmp_path / "good")
+    for source, name, file in ((good, "quality", "report.json"), (synthetic[label], "fakes", "manifest.csv")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text((source / file).read_text().replace(label, "None"))
-    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, tmp_path, GENEROUS)
+    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, tmp_path, tmp_path, GENEROUS)
     usable = pd.read_csv(tmp_path / "accepted.csv", keep_default_na=False)
     assert set(usable["label"]) == {"None"}

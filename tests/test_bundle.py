@@ -113,7 +113,7 @@ def test_prediction_equals_torch_with_temperature(bundle: Path) -> None:
 
 def test_same_seed_same_bytes_and_first_images_do_not_depend_on_n(bundle: Path, tmp_path: Path) -> None:
     for name, n, seed in (("a", 20, 3), ("b", 20, 3), ("c", 5, 3), ("d", 5, 4)):
-        generate_folder(bundle, LABEL, n, seed, tmp_path / name)
+        generate_folder(bundle, LABEL, n, seed, None, tmp_path / name)
     a, b, c, d = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*.png")} for name in "abcd")
     assert a == b and len(a) == 20
     assert c == {name: a[name] for name in c}
@@ -124,11 +124,21 @@ def test_same_seed_same_bytes_and_first_images_do_not_depend_on_n(bundle: Path, 
         assert image.info["label"] == LABEL and image.info["seed"] == "3" and image.info["index"] == "7"
 
 
+def test_truncation_is_that_of_the_gate_unless_another_is_asked_for(bundle: Path, tmp_path: Path) -> None:
+    for name, truncation in (("gate", None), ("same", 1.0), ("narrow", 0.5)):
+        generate_folder(bundle, LABEL, 2, 0, truncation, tmp_path / name)
+    gate, same, narrow = ((tmp_path / name / "000001.png").read_bytes() for name in ("gate", "same", "narrow"))
+    assert gate == same != narrow
+    assert [row["truncation"] for row in csv.DictReader((tmp_path / "narrow" / "manifest.csv").open())] == ["0.5"] * 2
+    with pytest.raises(ParamsError, match="--truncation must be above 0"):
+        generate_folder(bundle, LABEL, 1, 0, 1.5, tmp_path / "x")
+
+
 def test_images_are_those_that_torch_draws(bundle: Path) -> None:
     generator, _ = load_generator(bundle / "generators" / LABEL, "cpu")
     with torch.no_grad():
         drawn = to_pixels(generator(torch.from_numpy(latents(0, 0, CHUNK, generator.latent_dim))).numpy())
-    sampled = Sampler(bundle, LABEL).generate(0, 0, CHUNK)
+    sampled = Sampler(bundle, LABEL).generate(0, 0, CHUNK, 1.0)
     assert np.abs(drawn.astype(int) - sampled.astype(int)).max() <= 1
 
 
@@ -137,14 +147,14 @@ def test_a_label_without_generator_is_refused_with_the_reason(bundle: Path, tmp_
         label for label, entry in open_bundle(bundle).decisions["classes"].items() if entry["decision"] == "rejected"
     )
     with pytest.raises(CheckpointError, match=f"made so by a test.*accepted generators: {LABEL}"):
-        generate_folder(bundle, rejected, 1, 0, tmp_path / "x")
+        generate_folder(bundle, rejected, 1, 0, None, tmp_path / "x")
     with pytest.raises(CheckpointError, match="labels are"):
-        generate_folder(bundle, "unheard-of", 1, 0, tmp_path / "x")
+        generate_folder(bundle, "unheard-of", 1, 0, None, tmp_path / "x")
 
 
 def test_nothing_is_overwritten(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="already there"):
-        generate_folder(bundle, LABEL, 1, 0, tmp_path)
+        generate_folder(bundle, LABEL, 1, 0, None, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["classifier/model.onnx", "reference.json", f"generators/{LABEL}/meta.json"])

@@ -24,7 +24,8 @@ CONFIG = ClassifierConfig(model="test_resnet", resolution=32, steps=30, batch_si
 POOL = Pool(np.repeat([0, 1, 2], [50, 10, 5]), np.zeros(65, bool), 3)
 
 
-def train(squares: Path, out: Path, arm: str = "real", synthetic: str = "accepted.csv", **knobs):
+def train(squares: Path, out: Path, arm: str = "real", synthetic: str | None = None, **knobs):
+    synthetic = synthetic or ("drawn.csv" if arm == "synthetic" else "accepted.csv")
     seed, every = knobs.pop("seed", 0), knobs.pop("every", 1e9)
     config = CONFIG.model_copy(update=knobs)
     return train_classifier(
@@ -208,9 +209,14 @@ class TestTraining:
         reports = {arm: train(squares, tmp_path / arm, arm, steps=3) for arm in ARMS}
         assert {report.steps for report in reports.values()} == {3}
         assert len({report.weights_sha256 for report in reports.values()}) == len(ARMS)
-        red = {arm: report.n_train["red"] for arm, report in reports.items()}
-        assert all((count.real, count.synthetic) == (6, 0) for arm, count in red.items() if arm != "real+synthetic")
-        assert (red["real+synthetic"].real, red["real+synthetic"].synthetic) == (6, 12)
+        red = {arm: (report.n_train["red"].real, report.n_train["red"].synthetic) for arm, report in reports.items()}
+        assert (red.pop("real+synthetic"), red.pop("synthetic")) == ((6, 12), (0, 12))
+        assert set(red.values()) == {(6, 0)}
+
+    def test_an_arm_without_real_images_needs_synthetic_ones_of_every_class(self, squares, tmp_path):
+        report = train(squares, tmp_path / "arm", "synthetic", "accepted.csv")
+        assert report.status == "skipped"
+        assert report.reason == "there are no synthetic images of blue, green"
 
     def test_without_accepted_images_the_synthetic_arm_is_skipped_with_a_reason(self, squares, tmp_path):
         report = train(squares, tmp_path / "arm", "real+synthetic", "none.csv")

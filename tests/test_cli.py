@@ -140,7 +140,7 @@ def test_a_model_or_weights_file_that_is_not_there_is_found_before_any_training(
     misnamed = tiny_run.params.classifier.model_copy(update={"model": "resnet1"})
     params.write_text(tiny_run.params.model_copy(update={"classifier": misnamed}).model_dump_json())
     assert run("validate", "--out", out, "--params", params).returncode == 0
-    assert "resnet1" in sentence(run("pretrain", "--out", out))
+    assert "resnet1" in sentence(run("train-encoder", "--out", out))
 
 
 def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from raresynth.classifier.arms import ARMS
 from raresynth.classifier.evaluation import (
     ArmResult,
     EvaluationReport,
+    accuracy_score,
     choose_best_real,
     decide_release,
     evaluate,
@@ -213,6 +214,19 @@ class TestRelease:
         assert (release.decision, release.arm, release.difference) == ("rejected", "real", None)
         assert "no synthetic image was accepted" in " ".join(release.reasons)
 
+    def test_accuracy_score_is_the_paired_ratio_to_the_best_real_arm(self):
+        targets, real = predictions(600, 3.0)
+        _, synthetic = predictions(600, 1.0)
+        arms = {"real": real, "synthetic": synthetic}
+        resamples = bootstrap(targets, arms, each_its_own_group(len(targets)), 2000, 0)
+        points = {arm: figures(targets, probabilities) for arm, probabilities in arms.items()}
+        score = accuracy_score(points, resamples, "real")
+        ratio = points["synthetic"].headline["balanced_accuracy"] / points["real"].headline["balanced_accuracy"]
+        assert score.value == pytest.approx(float(ratio[0]))
+        assert score.low < score.value < score.high < 1
+        assert accuracy_score(points, resamples, "synthetic").value == 1
+        assert accuracy_score({"real": points["real"]}, resamples, "real") is None
+
     def test_best_real_arm_is_chosen_by_the_rules_metric_on_val_and_is_never_synthetic(self):
         def arm(name: str, **val: float) -> ClassifierReport:
             facts = {"model": "m", "resolution": 32, "labels": ["a"], "n_train": {}, "n_val": 1, "batch_size": 1}
@@ -302,7 +316,7 @@ class TestEvaluate:
     def test_skipped_arm_is_named_with_its_reason(self, squares, arms, tmp_path):
         train(squares, tmp_path / "skipped", "real+synthetic", "none.csv")
         report = self.evaluate(squares, {**arms, "real+synthetic": tmp_path / "skipped"}, tmp_path / "out")
-        skipped = report.arms[-1]
+        skipped = next(result for result in report.arms if result.arm == "real+synthetic")
         assert skipped == ArmResult(arm="real+synthetic", status="skipped", reason=skipped.reason, val={})
         assert report.release.decision == "rejected"
         assert report.release.arm == report.release.best_real_arm

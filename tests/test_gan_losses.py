@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from raresynth.gan.losses import EPSILON, barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
+from raresynth.gan.seed_paper.losses import EPSILON, barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
 
 
 def bce(probability: float, target: float) -> float:

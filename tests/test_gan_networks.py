@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from raresynth.config import GanConfig
-from raresynth.errors import MemoryLimitError
+from raresynth.errors import MemoryLimitError, ParamsError
 from raresynth.gan.augmentation import POLICIES, Policy, changed, symmetric
-from raresynth.gan.game import build
-from raresynth.gan.networks import Discriminator, Generator, pooled_features
 from raresynth.gan.presets import check_memory, resolve
+from raresynth.gan.seed_paper.game import SeedPaperGame
+from raresynth.gan.seed_paper.networks import Discriminator, Generator, pooled_features
 
 
 @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
@@ -50,16 +50,18 @@ def test_pooled_features_average_to_8x8():
 
 
 def test_equal_seeds_build_equal_networks_and_leave_the_global_generator_alone():
-    settings = resolve(GanConfig(resolution=32, width=4))
+    settings = resolve(GanConfig(preset="stgan-lite", resolution=32, width=4))
     before = torch.random.get_rng_state()
-    first, second, other = build(settings, 1, "cpu"), build(settings, 1, "cpu"), build(settings, 2, "cpu")
+    first, second, other = (SeedPaperGame(settings, 1, seed, "cpu", finetuning=False) for seed in (1, 1, 2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(first.generator.project.weight, second.generator.project.weight)
     assert not torch.equal(first.generator.project.weight, other.generator.project.weight)
 
 
 def test_presets_fill_what_is_null_and_leave_what_is_set():
-    lite, base = resolve(GanConfig()), resolve(GanConfig(preset="dcgan-base"))
+    ours, lite, base = (resolve(GanConfig(preset=preset)) for preset in ("raresynth", "stgan-lite", "dcgan-base"))
+    assert resolve(GanConfig()) == ours
+    assert (ours.betas, ours.freeze_d) == ((0.0, 0.99), 2)
     assert (lite.generator_conv, lite.discriminator, lite.barlow) == ("depthwise", "patch", "pooled")
     assert (lite.label_smoothing, lite.noise_std, lite.wrap_batches) == (0.1, 0.05, True)
     assert (base.generator_conv, base.discriminator, base.barlow) == ("dense", "scalar", "full")
@@ -68,6 +70,13 @@ def test_presets_fill_what_is_null_and_leave_what_is_set():
     ablated = resolve(GanConfig(preset="dcgan-base", wrap_batches=True, barlow_alpha=0.0))
     assert ablated.wrap_batches
     assert ablated.barlow_alpha == 0.0
+
+
+def test_a_knob_of_another_preset_is_refused_by_name():
+    with pytest.raises(ParamsError, match=r"gan\.barlow_alpha is no knob of the preset raresynth"):
+        resolve(GanConfig(barlow_alpha=0.1))
+    with pytest.raises(ParamsError, match=r"gan\.gradient_penalty is no knob of the preset stgan-lite"):
+        resolve(GanConfig(preset="stgan-lite", gradient_penalty=1.0))
 
 
 def test_a_full_barlow_matrix_over_the_limit_is_refused():

@@ -9,28 +9,37 @@ import pytest
 import torch
 from PIL import Image
 
-from raresynth.config import GanConfig
+from raresynth.config import GanConfig, SynthesisConfig
+from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.errors import CheckpointError
-from raresynth.gan.game import build
 from raresynth.gan.latents import CHUNK, aligned_chunks, latents
 from raresynth.gan.png import Provenance, encode_png, to_pixels
 from raresynth.gan.presets import resolve
-from raresynth.gan.sampling import COLUMNS, generate, load_generator, synthesize
+from raresynth.gan.residual.game import ResidualGame
+from raresynth.gan.sampling import MOST_DRAWN, generate, load_generator, synthesize
+from raresynth.gan.seed_paper.game import SeedPaperGame
 from raresynth.lineage import save_checkpoint, sha256_file
 
+CLASSES = ["df", "nv", "vasc"]
+SMALL = {"resolution": 32, "latent_dim": 8, "width": 4}
 
-@pytest.fixture(scope="module")
-def generator_dir(tmp_path_factory):
-    settings = resolve(GanConfig(resolution=32, latent_dim=8, width=4))
-    generator = build(settings, 0, "cpu").generator_ema
+
+@pytest.fixture(scope="module", params=["raresynth", "stgan-lite"])
+def generator_dir(request, tmp_path_factory):
+    settings = resolve(GanConfig(preset=request.param, **SMALL))
+    game = ResidualGame if request.param == "raresynth" else SeedPaperGame
+    generator = game(settings, len(CLASSES), 0, "cpu", finetuning=False).generator_ema
     torch.manual_seed(0)
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     tensors = {f"generator.{k}": t for k, t in generator.state_dict().items()}
-    architecture = settings.model_dump(include={"resolution", "latent_dim", "width", "generator_conv", "discriminator"})
     folder = tmp_path_factory.mktemp("generator") / "df"
-    save_checkpoint(folder, tensors, {"architecture": architecture, "label": "df"})
+    save_checkpoint(folder, tensors, {"architecture": settings.architecture, "label": "df", "classes": CLASSES})
     return folder
+
+
+def draw(generator_dir, label, n, out, seed=0, sieve=None, **knobs):
+    return synthesize(generator_dir, label, n, out, SynthesisConfig(seed=seed, **knobs), "cpu", sieve)
 
 
 def test_a_latent_depends_on_seed_and_index_alone():
@@ -84,15 +93,16 @@ def test_png_is_lossless_names_its_origin_and_is_deterministic():
         "label": "Kératose “séborrhéique”",
         "seed": "1",
         "index": "2",
+        "truncation": "1.0",
         "synthetic": "true",
     }
 
 
 def test_synthesize_writes_images_beside_a_manifest_that_names_each(generator_dir, tmp_path):
     out = tmp_path / "synthetic" / "df"
-    report = synthesize(generator_dir, "df", 21, out, seed=5, device="cpu")
+    report = draw(generator_dir, "df", 21, out, seed=5)
     rows = pd.read_csv(out / "manifest.csv")
-    assert tuple(rows.columns) == COLUMNS
+    assert tuple(rows.columns) == SYNTHETIC_COLUMNS
     assert rows["index"].tolist() == list(range(21))
     assert set(rows["label"]) == {"df"}
     assert set(rows["seed"]) == {5}
@@ -106,23 +116,88 @@ def test_synthesize_writes_images_beside_a_manifest_that_names_each(generator_di
     assert report.manifest_sha256 == sha256_file(out / "manifest.csv")
 
 
+class Quarrelsome:
+    """Rejects the images of indices 0, 1 mod 5, for two reasons."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def judge(self, images):
+        whys = [{0: "atypical", 1: "near_copy"}.get((self.seen + i) % 5) for i in range(len(images))]
+        self.seen += len(images)
+        return whys
+
+
+def test_rejected_images_are_passed_over_and_counted_in_the_manifest(generator_dir, tmp_path):
+    report = draw(generator_dir, "df", 20, tmp_path / "df", sieve=Quarrelsome())
+    rows = pd.read_csv(tmp_path / "df" / "manifest.csv")
+    kept = [index for index in range(35) if index % 5 > 1][:20]
+    assert rows["index"].tolist() == kept
+    assert rows["rejected_atypical"].tolist() == rows["rejected_near_copy"].tolist()
+    assert rows["rejected_atypical"].tolist() == [int(index % 5 == 2) for index in kept]
+    assert report.rejected == {"atypical": 7, "near_copy": 7}
+    assert (report.n_images, report.n_wanted, report.n_drawn) == (20, 20, kept[-1] + 1)
+    assert len(list((tmp_path / "df" / "images").iterdir())) == 20
+
+
+def test_drawing_ends_where_nothing_is_kept(generator_dir, tmp_path):
+    class Strict:
+        def judge(self, images):
+            return ["atypical"] * len(images)
+
+    report = draw(generator_dir, "df", 8, tmp_path / "df", sieve=Strict())
+    assert (report.n_images, report.n_wanted, report.n_drawn) == (0, 8, 8 * MOST_DRAWN)
+    assert report.rejected == {"atypical": 64, "near_copy": 0}
+    assert pd.read_csv(tmp_path / "df" / "manifest.csv").empty
+
+
+def test_truncation_narrows_the_latents_and_the_images(generator_dir, tmp_path):
+    np.testing.assert_allclose(latents(0, 3, 4, 8, truncation=0.5), latents(0, 3, 4, 8) / 2)
+    generator, _ = load_generator(generator_dir, "cpu")
+    wide, narrow = (generate(generator, 0, range(64), truncation).astype(float) for truncation in (1.0, 0.1))
+    assert narrow.std(0).mean() < wide.std(0).mean()
+    draw(generator_dir, "df", 2, tmp_path / "df", truncation=0.1)
+    rows = pd.read_csv(tmp_path / "df" / "manifest.csv")
+    assert rows["truncation"].tolist() == [0.1, 0.1]
+    image = Image.open(tmp_path / "df" / "images" / "000001.png")
+    assert np.array_equal(np.asarray(image), narrow[1])
+    assert image.text["truncation"] == "0.1"
+
+
+def test_a_universal_generator_draws_each_class_it_knows(tmp_path):
+    settings = resolve(GanConfig(**SMALL))
+    generator = ResidualGame(settings, len(CLASSES), 0, "cpu", finetuning=False).generator_ema
+    torch.manual_seed(0)
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tensors = {f"generator.{k}": t for k, t in generator.state_dict().items()}
+    save_checkpoint(
+        tmp_path / "all", tensors, {"architecture": settings.architecture, "label": None, "classes": CLASSES}
+    )
+    drawn = [generate(load_generator(tmp_path / "all", "cpu", label)[0], 0, range(4)) for label in CLASSES]
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[1], drawn[2])
+    with pytest.raises(CheckpointError, match="knows df, nv, vasc, not mel"):
+        load_generator(tmp_path / "all", "cpu", "mel")
+
+
 def test_more_images_leave_the_first_ones_unchanged(generator_dir, tmp_path):
-    synthesize(generator_dir, "df", 3, tmp_path / "df", 0, "cpu")
+    draw(generator_dir, "df", 3, tmp_path / "df")
     few = {p.name: p.read_bytes() for p in (tmp_path / "df" / "images").iterdir()}
-    synthesize(generator_dir, "df", 2 * CHUNK + 1, tmp_path / "df", 0, "cpu")
+    draw(generator_dir, "df", 2 * CHUNK + 1, tmp_path / "df")
     many = {p.name: p.read_bytes() for p in (tmp_path / "df" / "images").iterdir()}
     assert len(many) == 2 * CHUNK + 1
     assert few.items() <= many.items()
 
 
 def test_no_image_asked_for_gives_an_empty_manifest(generator_dir, tmp_path):
-    assert synthesize(generator_dir, "df", 0, tmp_path / "df", 0, "cpu").n_images == 0
-    assert tuple(pd.read_csv(tmp_path / "df" / "manifest.csv").columns) == COLUMNS
+    assert draw(generator_dir, "df", 0, tmp_path / "df").n_images == 0
+    assert tuple(pd.read_csv(tmp_path / "df" / "manifest.csv").columns) == SYNTHETIC_COLUMNS
 
 
 def test_another_class_and_damaged_weights_are_refused(generator_dir, tmp_path):
     with pytest.raises(CheckpointError, match="draws df, not mel"):
-        synthesize(generator_dir, "mel", 1, tmp_path / "mel", 0, "cpu")
+        draw(generator_dir, "mel", 1, tmp_path / "mel")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "meta.json").write_bytes((generator_dir / "meta.json").read_bytes())
@@ -130,7 +205,7 @@ def test_another_class_and_damaged_weights_are_refused(generator_dir, tmp_path):
     content[-1] ^= 1
     (damaged / "weights.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="was changed"):
-        synthesize(damaged, "df", 1, tmp_path / "df", 0, "cpu")
+        draw(damaged, "df", 1, tmp_path / "df")
 
 
 def test_latents_and_png_load_no_torch():

@@ -12,7 +12,8 @@ from raresynth.dataset.manifest import read_manifest, write_manifest
 from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
 from raresynth.quality.distances import Estimates
-from raresynth.quality.measure import Others, compare_halves, grouped_halves, measure, nearest_other
+from raresynth.quality.measure import compare_halves, grouped_halves, measure, nearest_other
+from raresynth.quality.reals import Reals
 from raresynth.quality.reports import QualityReport
 
 LABEL = "vascular"
@@ -121,7 +122,7 @@ def test_standard_errors_of_halves_agree_with_independent_samples():
     found, claimed = [], []
     for trial in range(60):
         real, fake, other = rng.normal(size=(80, 8)), rng.normal(size=(300, 8)) + 0.4, rng.normal(size=(300, 8)) + 1
-        halves = compare_halves(real, fake, Others(other, np.arange(300)), np.arange(80), 40, trial)
+        halves = compare_halves(real, fake, Reals(other, np.arange(300)), np.arange(80), 40, trial)
         estimates = halves.estimates("fd", "fd other", "fd real")
         found.append((estimates.first, estimates.second))
         claimed.append(np.diag(estimates.covariance))

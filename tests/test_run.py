@@ -140,6 +140,10 @@ def test_a_finished_stage_is_repeated_only_where_it_must_be(tiny_run: flow.Run, 
     (store / "validation" / "quarantine.csv").unlink()
     assert repeated("validate", run)
     assert not repeated("train-encoder", run)  # validation came out as before
-    longer = tiny_run.params.encoder.model_copy(update={"steps": tiny_run.params.encoder.steps + 1})
-    assert repeated("train-encoder", flow.Run(run.data_dir, store, run.params.model_copy(update={"encoder": longer})))
     assert not repeated("pretrain", run)
+    measured = tiny_run.params.quality.model_copy(update={"real_splits": 50})
+    assert not repeated("pretrain", flow.Run(run.data_dir, store, run.params.model_copy(update={"quality": measured})))
+    longer = tiny_run.params.encoder.model_copy(update={"steps": tiny_run.params.encoder.steps + 1})
+    other = flow.Run(run.data_dir, store, run.params.model_copy(update={"encoder": longer}))
+    assert repeated("train-encoder", other)
+    assert repeated("pretrain", other)  # its snapshots are judged by the encoder

@@ -29,6 +29,8 @@ class Generator(Report):
 
     resolution: int
     latent_dim: int
+    truncation: float
+    """Standard deviation of the latents of the images that the gate judged."""
     weights_sha256: str
 
 

@@ -55,8 +55,10 @@ def package(sources: Sources, out_dir: Path, params: Params) -> Bundle:
     accepted = [label for label, entry in decisions["classes"].items() if entry["decision"] == "accepted"]
     arm = decisions["release"]["arm"]
     with lineage.new_dir(out_dir) as folder:
+        truncation = params.synthesis.truncation
         generators = {
-            label: _add_generator(sources.generator_dirs[label], folder / "generators" / label) for label in accepted
+            label: _add_generator(sources.generator_dirs[label], folder / "generators" / label, truncation)
+            for label in accepted
         }
         labels, classifier = _add_classifier(sources.classifier_dirs[arm], arm, folder / "classifier")
         bundle = Bundle(
@@ -75,7 +77,7 @@ def package(sources: Sources, out_dir: Path, params: Params) -> Bundle:
     return bundle
 
 
-def _add_generator(source: Path, folder: Path) -> Generator:
+def _add_generator(source: Path, folder: Path, truncation: float) -> Generator:
     generator, meta = load_generator(source, "cpu")
     folder.mkdir(parents=True)
     example = torch.from_numpy(latents(0, 0, CHUNK, generator.latent_dim))
@@ -84,6 +86,7 @@ def _add_generator(source: Path, folder: Path) -> Generator:
     return Generator(
         resolution=meta["architecture"]["resolution"],
         latent_dim=generator.latent_dim,
+        truncation=truncation,
         weights_sha256=meta["weights_sha256"],
     )
 

@@ -36,46 +36,52 @@ class Sampler:
         self.generator = bundle.generators[label]
         self._session = onnxruntime.InferenceSession(str(folder / "generators" / label / "model.onnx"))
 
-    def generate(self, seed: int, first: int, n: int) -> Pixels:
-        """Images first .. first + n - 1 of a seed; uint8 (n, R, R, 3). Image i depends on the seed and i alone."""
-        return np.concatenate(
-            [to_pixels(self._chunk(seed, start))[rows] for start, rows in aligned_chunks(range(first, first + n))]
-        )
+    def generate(self, seed: int, first: int, n: int, truncation: float) -> Pixels:
+        """Images first .. first + n - 1; uint8 (n, R, R, 3). Image i depends on seed, truncation and i alone."""
+        chunks = aligned_chunks(range(first, first + n))
+        return np.concatenate([to_pixels(self._chunk(seed, start, truncation))[rows] for start, rows in chunks])
 
-    def _chunk(self, seed: int, start: int) -> "np.typing.NDArray[np.float32]":
-        inputs = {"latents": latents(seed, start, CHUNK, self.generator.latent_dim)}
+    def _chunk(self, seed: int, start: int, truncation: float) -> "np.typing.NDArray[np.float32]":
+        inputs = {"latents": latents(seed, start, CHUNK, self.generator.latent_dim, truncation)}
         output: np.typing.NDArray[np.float32] = self._session.run(None, inputs)[0]
         return output
 
-    def png(self, pixels: Pixels, seed: int, index: int) -> bytes:
+    def png(self, pixels: Pixels, seed: int, index: int, truncation: float) -> bytes:
         """One image (R, R, 3) as PNG with its provenance."""
-        return encode_png(pixels, Provenance(self.generator.weights_sha256, self.label, seed, index))
+        return encode_png(pixels, Provenance(self.generator.weights_sha256, self.label, seed, index, truncation))
 
 
-def generate_folder(bundle: Path, label: str, n: int, seed: int, out: Path) -> None:
+def generate_folder(bundle: Path, label: str, n: int, seed: int, truncation: float | None, out: Path) -> None:
     """Write images 0 .. n - 1 of a seed as PNG files beside manifest.csv; `out` appears when all is written.
+
+    Args:
+        truncation: standard deviation of the latents; None for that of the images that the gate judged.
 
     Raises:
         CheckpointError: `bundle` is no bundle, was changed, or has no generator for the label.
-        ParamsError: `n` or `seed` is out of range, or `out` is already there.
+        ParamsError: `n`, `seed` or `truncation` is out of range, or `out` is already there.
     """
     if n < 1 or not 0 <= seed < 2**63:
         raise ParamsError(f"--n must be at least 1 and --seed at least 0 and under 2^63 (got {n} and {seed})")
+    if truncation is not None and not 0 < truncation <= 1:
+        raise ParamsError(f"--truncation must be above 0 and at most 1 (got {truncation:g})")
     if out.exists():
         raise ParamsError(f"{out} is already there; name a new folder with --out")
     sampler = Sampler(bundle, label)
+    spread = sampler.generator.truncation if truncation is None else truncation
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image_id", "path", "label", "generator", "seed", "index", "sha256", "width", "height"])
+    columns = ("image_id", "path", "label", "generator", "seed", "index", "truncation", "sha256", "width", "height")
+    writer.writerow(columns)
     with new_dir(out) as folder, progress(f"generate {label}", n, "images") as advance:
         for first in range(0, n, CHUNK):
-            for offset, pixels in enumerate(sampler.generate(seed, first, min(CHUNK, n - first))):
+            for offset, pixels in enumerate(sampler.generate(seed, first, min(CHUNK, n - first), spread)):
                 index = first + offset
-                png, name = sampler.png(pixels, seed, index), f"{index:06d}.png"
+                png, name = sampler.png(pixels, seed, index, spread), f"{index:06d}.png"
                 (folder / name).write_bytes(png)
                 identity = [f"synthetic-{label}-{seed}-{index:06d}", name, label, sampler.generator.weights_sha256]
                 size = [pixels.shape[1], pixels.shape[0]]
-                writer.writerow([*identity, seed, index, hashlib.sha256(png).hexdigest(), *size])
+                writer.writerow([*identity, seed, index, spread, hashlib.sha256(png).hexdigest(), *size])
                 advance()
         write_text(folder / "manifest.csv", text.getvalue())
 

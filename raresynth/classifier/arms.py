@@ -25,6 +25,8 @@ class Arm:
     """Augment strongly."""
     synthetic: bool = False
     """Add the accepted synthetic images."""
+    real: bool = True
+    """Train on real images; the arm without them takes all synthetic ones, accepted or not."""
 
 
 ARMS = {
@@ -34,6 +36,8 @@ ARMS = {
     "real+weights": Arm(weighted=True),
     "real+balanced-sampling": Arm(balanced=True),
     "real+synthetic": Arm(balanced=True, synthetic=True),
+    # Never shipped: what it reaches on real images is the classification accuracy score (Ravuri and Vinyals 2019).
+    "synthetic": Arm(balanced=True, synthetic=True, real=False),
 }
 
 

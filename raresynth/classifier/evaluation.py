@@ -103,6 +103,9 @@ class EvaluationReport(Report):
     arms: list[ArmResult]
     differences: dict[str, Estimate]
     """real+synthetic minus the best real arm, paired, for each of statistics.HEADLINE."""
+    cas: Estimate | None
+    """Classification accuracy score: balanced accuracy on test of the arm `synthetic`, which saw no real image, as a
+    part of the best real arm's; null where that arm was not trained."""
     release: ReleaseDecision
     samples: list[PredictedSample]
 
@@ -163,6 +166,7 @@ def evaluate(
         bootstrap_samples=release.bootstrap_samples,
         arms=results,
         differences=differences,
+        cas=accuracy_score(points, resamples, best_real),
         release=decision,
         samples=_samples(test, labels, predictions[decision.arm], seed),
     )
@@ -197,6 +201,17 @@ def paired_differences(
         )
         for metric in HEADLINE
     }
+
+
+def accuracy_score(points: Mapping[str, Figures], resamples: Mapping[str, Figures], best_real: str) -> Estimate | None:
+    """Balanced accuracy of the arm trained on synthetic images alone / the best real arm's, from the same resamples."""
+    if "synthetic" not in points:
+        return None
+    ours, theirs = (
+        [of[arm].headline["balanced_accuracy"] for of in (points, resamples)] for arm in ("synthetic", best_real)
+    )
+    undefined = [np.full_like(a, np.nan) for a in ours]
+    return _estimate(*(np.divide(a, b, out=c, where=b > 0) for a, b, c in zip(ours, theirs, undefined, strict=True)))
 
 
 def decide_release(

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from raresynth.classifier import augmentation
-from raresynth.classifier.arms import ARMS, Pool, class_weights, draw
+from raresynth.classifier.arms import ARMS, Arm, Pool, class_weights, draw
 from raresynth.classifier.network import KIND, Classifier, create, has_pooled_linear_head
 from raresynth.classifier.statistics import HEADLINE, Floats, Integers, figures, fit_temperature, softmax
 from raresynth.config import ClassifierConfig
 from raresynth.dataset.images import load_images
-from raresynth.dataset.manifest import read_manifest
+from raresynth.dataset.manifest import read_manifest, read_synthetic
 from raresynth.errors import DataError, TrainingCollapse
 from raresynth.lineage import Report, sha256_file, sha256_json
 from raresynth.progress import progress
@@ -122,8 +122,8 @@ def train_classifier(
     is taken up where an earlier process left it.
 
     Args:
-        synthetic_manifest: accepted synthetic images, read by the arm real+synthetic only; without rows the arm
-            is skipped.
+        synthetic_manifest: synthetic images, read by the arms real+synthetic, which is skipped where it has no rows,
+            and synthetic, which is skipped where a class has none.
         synthetic_root: folder that the synthetic manifest's paths are relative to.
         device: "cpu" or "cuda".
 
@@ -134,7 +134,7 @@ def train_classifier(
     """
     manifest = read_manifest(manifest_path)
     labels = sorted(manifest["label"].unique())
-    synthetic = _read_synthetic(synthetic_manifest, labels) if ARMS[arm].synthetic else None
+    synthetic = _accepted(synthetic_manifest, labels) if ARMS[arm].synthetic else None
     train, val = (manifest[manifest["split"] == split] for split in ("train", "val"))
     lacking = [label for label in labels if label not in set(train["label"])]
     if lacking or val.empty:
@@ -147,15 +147,17 @@ def train_classifier(
         "model": config.model,
         "resolution": config.resolution,
         "labels": labels,
-        "n_train": _count(labels, train, synthetic),
+        "n_train": _count(labels, train if ARMS[arm].real else train[:0], synthetic),
         "n_val": len(val),
         "batch_size": config.batch_size,
     }
-    if synthetic is not None and synthetic.empty:
-        reason = "no synthetic image was accepted by the class gate"
+    reason = _without(ARMS[arm], synthetic, labels)
+    if reason:
         report = ClassifierReport(status="skipped", reason=reason, **facts)
         finish(out_dir, report)
         return report
+    if not ARMS[arm].real:
+        train = train[:0]
     data = _load(data_dir, train, val, synthetic, synthetic_root, labels, config.resolution, device, cache_dir)
     inputs = sha256_json(
         [config.model_dump(mode="json"), arm, seed, sha256_file(manifest_path)]
@@ -179,13 +181,21 @@ def predict_logits(classifier: Classifier, pixels: Tensor) -> Floats:
     return logits
 
 
-def _read_synthetic(path: Path | None, labels: list[str]) -> pd.DataFrame:
+def _accepted(path: Path | None, labels: list[str]) -> pd.DataFrame:
     if path is None:
         return pd.DataFrame(columns=["path", "label", "sha256"])
-    synthetic = pd.read_csv(
-        path, dtype={"image_id": str, "path": str, "label": str, "sha256": str}, keep_default_na=False
-    )
+    synthetic = read_synthetic(path, "the gate")
     return synthetic[synthetic["label"].isin(labels)].reset_index(drop=True)
+
+
+def _without(arm: Arm, synthetic: pd.DataFrame | None, labels: list[str]) -> str:
+    """Why an arm that needs synthetic images cannot be trained; empty where it can."""
+    if synthetic is None:
+        return ""
+    lacking = [label for label in labels if label not in set(synthetic["label"])]
+    if not arm.real and lacking:
+        return f"there are no synthetic images of {', '.join(lacking)}"
+    return "no synthetic image was accepted by the class gate" if synthetic.empty else ""
 
 
 def _count(labels: list[str], train: pd.DataFrame, synthetic: pd.DataFrame | None) -> dict[str, ImageCount]:

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from raresynth.dataset.manifest import COLUMNS, SPLITS, read_manifest
+from raresynth.dataset.manifest import COLUMNS, SPLITS, read_manifest, read_synthetic
 from raresynth.errors import DataError
 from raresynth.lineage import Report, new_dir, sha256_file, write_report, write_text
 from raresynth.progress import progress
@@ -69,10 +69,7 @@ def _real(manifest_path: Path, data_dir: Path) -> pd.DataFrame:
 
 
 def _synthetic(accepted_path: Path, synthetic_root: Path) -> pd.DataFrame:
-    try:
-        accepted = pd.read_csv(accepted_path, dtype=str, keep_default_na=False)
-    except (OSError, pd.errors.EmptyDataError) as error:
-        raise DataError(f"cannot read the accepted images {accepted_path} ({error}); run the gate first") from error
+    accepted = read_synthetic(accepted_path, "the gate")
     rows = accepted[["image_id", "label", "sha256", "width", "height"]]
     files = [synthetic_root / path for path in accepted["path"]]
     return rows.assign(group=accepted["image_id"], split="train", source="synthetic", file=files)

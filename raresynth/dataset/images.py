@@ -77,6 +77,14 @@ def decode_image(source: Path | bytes, resolution: int) -> Pixels:
     return np.asarray(square, dtype=np.uint8)
 
 
+def resized(images: Pixels, resolution: int) -> Pixels:
+    """Square images (N, S, S, 3) at another side, by the filter of `decode_image`."""
+    if images.shape[1] == resolution:
+        return images
+    size = (resolution, resolution)
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images])
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened image upright and with eight bits a channel.
 

@@ -1,4 +1,4 @@
-"""The manifest: one row an image, the only list that later stages read."""
+"""Manifests of real and of synthetic images: one row an image, the only lists that later stages read."""
 
 from io import StringIO
 from pathlib import Path
@@ -11,6 +11,12 @@ from raresynth.lineage import write_text
 SPLITS = ("train", "val", "test")
 COLUMNS = ("image_id", "path", "label", "group", "split", "sha256", "width", "height")
 """First columns of every manifest; metadata columns of the source follow them."""
+SYNTHETIC_COLUMNS = (
+    *("image_id", "path", "label", "generator", "seed", "index", "truncation", "sha256", "width", "height"),
+    *("rejected_atypical", "rejected_near_copy"),
+)
+"""Columns of a synthetic manifest. `path` is relative to the folder that holds the classes' folders; the last two count
+the images that were drawn and rejected between the row above and this one, whose indices are therefore missing."""
 NUMBER_COLUMNS = ("width", "height")
 
 
@@ -30,6 +36,22 @@ def read_manifest(path: Path) -> pd.DataFrame:
         raise DataError(f"{path} is no manifest: column {missing[0]!r} is missing; run build-manifest again")
     dtypes = {column: int if column in NUMBER_COLUMNS else str for column in header}
     return pd.read_csv(StringIO(text), dtype=dtypes, keep_default_na=False, na_values=[""])
+
+
+def read_synthetic(path: Path, writer: str) -> pd.DataFrame:
+    """Read a synthetic manifest; text stays text, so that a class may be called "None".
+
+    Args:
+        writer: the stage that writes it, for the error's sentence.
+
+    Raises:
+        DataError: the file is missing or empty.
+    """
+    text = dict.fromkeys(("image_id", "path", "label", "generator", "sha256"), str)
+    try:
+        return pd.read_csv(path, dtype=text, keep_default_na=False)
+    except (OSError, pd.errors.EmptyDataError) as error:
+        raise DataError(f"cannot read the synthetic images' manifest {path} ({error}); run {writer} first") from error
 
 
 def write_manifest(path: Path, manifest: pd.DataFrame) -> None:

@@ -1,6 +1,7 @@
 """Which images a step sees: a function of the seed and the step alone, so that a resumed run sees the same."""
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +9,36 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-class Batches:
+class Batches(Protocol):
+    """The images of every step."""
+
+    def images_before(self, step: int) -> int:
+        """Images shown in the steps 0 .. step - 1."""
+
+    def steps(self, images: float) -> int:
+        """Fewest steps that show at least this many images."""
+
+    def indices(self, step: int) -> Indices:
+        """Indices of the images of a step (counted from 0)."""
+
+
+class Draws:
+    """Images drawn with replacement, image i with a probability in proportion to `weights[i]`."""
+
+    def __init__(self, weights: npt.NDArray[np.float64], batch_size: int, seed: int) -> None:
+        self._shares, self.batch_size, self.seed = weights / weights.sum(), batch_size, seed
+
+    def images_before(self, step: int) -> int:
+        return step * self.batch_size
+
+    def steps(self, images: float) -> int:
+        return -int(-images // self.batch_size)
+
+    def indices(self, step: int) -> Indices:
+        return np.random.default_rng([self.seed, step]).choice(len(self._shares), self.batch_size, p=self._shares)
+
+
+class Passes:
     """Shuffled passes over `n` images.
 
     Args:
@@ -23,21 +53,18 @@ class Batches:
         return np.random.default_rng([self.seed, epoch]).permutation(self.n)
 
     def images_before(self, step: int) -> int:
-        """Images shown in the steps 0 .. step - 1."""
         if self.wrap:
             return step * self.batch_size
         epochs, rest = divmod(step, self._steps_per_epoch())
         return epochs * self.n + rest * self.batch_size
 
     def steps(self, images: float) -> int:
-        """Fewest steps that show at least this many images."""
         if self.wrap:
             return -int(-images // self.batch_size)
         epochs, rest = divmod(images, self.n)
         return int(epochs) * self._steps_per_epoch() - int(-rest // self.batch_size)
 
     def indices(self, step: int) -> Indices:
-        """Indices of the images of a step (counted from 0)."""
         start = self.images_before(step)
         if not self.wrap:
             epoch, first = divmod(start, self.n)

@@ -1,117 +1,131 @@
-"""The adversarial game: one step of discriminator and generator. No loop, files or progress here."""
+"""What the games of all presets share: the networks, their optimizers, and the moving average."""
 
 import copy
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from raresynth.gan.augmentation import changed, symmetric
-from raresynth.gan.losses import barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
-from raresynth.gan.networks import Discriminator, Generator, initialise, pooled_features
 from raresynth.gan.presets import GanSettings
 
-LOSSES = ("d_loss", "barlow", "g_loss")
-"""In the order in which they are computed, so that the first one not finite is where a collapse began."""
+Settings = TypeVar("Settings", bound=GanSettings)
 
 
-@dataclass
-class Networks:
-    generator: Generator
-    discriminator: Discriminator
-    generator_ema: Generator
-    """Moving average of the generator's weights: the one that images are drawn from."""
+class Game(ABC, Generic[Settings]):
+    """Discriminator against generator, a step at a time. No loop, files or progress here.
 
+    Attributes:
+        losses: names of what a step returns, in the order in which they are computed, so that the first one not
+            finite is where a collapse began.
+        generator_ema: moving average of the generator's weights: the one that images are drawn from.
+    """
 
-def build(settings: GanSettings, seed: int, device: str) -> Networks:
-    """Fresh networks; equal seeds give equal weights on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        generator = Generator(settings.resolution, settings.latent_dim, settings.width, settings.generator_conv)
-        discriminator = Discriminator(settings.resolution, settings.width, settings.discriminator)
-        initialise(generator)
-        initialise(discriminator)
-    generator_ema = copy.deepcopy(generator).requires_grad_(False).eval()
-    return Networks(generator.to(device), discriminator.to(device), generator_ema.to(device))
+    losses: ClassVar[tuple[str, ...]]
 
+    def __init__(self, settings: Settings, n_classes: int, seed: int, device: str, finetuning: bool) -> None:
+        """Fresh networks; equal seeds give equal weights on every device."""
+        self.settings, self.finetuning = settings, finetuning
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            generator, discriminator = self.build(settings, n_classes)
+        if finetuning:
+            discriminator.freeze(settings.freeze_d)
+        self.generator, self.discriminator = generator.to(device), discriminator.to(device)
+        self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.start_optimizers(settings.learning_rate)
 
-@dataclass
-class Game:
-    networks: Networks
-    settings: GanSettings
-    alpha: float
-    """Weight of the Barlow Twins loss, per feature; 0 in the first stage."""
+    def start_optimizers(self, learning_rate: float) -> None:
+        """Fresh optimizers for what is to be learned; `schedule` starts from this rate."""
+        self.learning_rate = learning_rate
+        self.g_optimizer = self._adam(self.generator, learning_rate)
+        self.d_optimizer = self._adam(self.discriminator, learning_rate)
 
-    def __post_init__(self) -> None:
-        self.g_optimizer = self._adam(self.networks.generator)
-        self.d_optimizer = self._adam(self.networks.discriminator)
+    def _adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+        return torch.optim.Adam(learned(network), lr=learning_rate, betas=self.settings.betas, fused=True)
 
-    def _adam(self, network: torch.nn.Module) -> torch.optim.Adam:
-        learned = [p for p in network.parameters() if p.requires_grad]
-        return torch.optim.Adam(learned, lr=self.settings.learning_rate, betas=self.settings.betas, fused=True)
+    @staticmethod
+    @abstractmethod
+    def build(settings: Any, n_classes: int) -> tuple[Any, Any]:
+        """Generator and discriminator, initialised; the discriminator has a method freeze(n_blocks)."""
 
-    def step(self, real: Tensor, rng: torch.Generator) -> Tensor:
-        """One update of each network on a batch of real images (N, 3, R, R) in [-1, 1]; returns `LOSSES`, fp32."""
-        networks, settings = self.networks, self.settings
-        latent = torch.randn(len(real), settings.latent_dim, generator=rng, device=rng.device)
-        with self._autocast(rng.device):
-            fake = networks.generator(latent).float()
+    @abstractmethod
+    def step(self, real: Tensor, labels: Tensor, rng: torch.Generator, step: int, steps: int) -> Tensor:
+        """Update each network once.
 
-            real_logits, features = self._judge(self._symmetric(real, rng), rng)
-            fake_logits, _ = self._judge(fake.detach(), rng)
-            d_loss = discriminator_loss(real_logits, fake_logits, settings.label_smoothing)
-            barlow = self._barlow(features, real, rng) if self.alpha > 0 else torch.zeros_like(d_loss)
-        self.d_optimizer.zero_grad()
-        torch.autograd.backward(d_loss + self.alpha * barlow)
-        self.d_optimizer.step()
+        Args:
+            real: (N, 3, R, R) in [-1, 1].
+            labels: (N,) class numbers of the reals.
+            step, steps: this step, counted from 0, of how many.
 
-        learned = [p for p in networks.discriminator.parameters() if p.requires_grad]
-        _require_grad(learned, False)
-        with self._autocast(rng.device):
-            g_loss = generator_loss(self._judge(fake, rng)[0])
-        self.g_optimizer.zero_grad()
-        torch.autograd.backward(g_loss)
-        self.g_optimizer.step()
-        _require_grad(learned, True)
-        return torch.stack([d_loss.detach(), barlow.detach(), g_loss.detach()])
+        Returns:
+            `losses`, fp32.
+        """
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
+    def rate(self, progress: float) -> float:
+        """Factor on the learning rate when this part of the training is done."""
+        return 1.0
+
+    def schedule(self, progress: float) -> None:
+        """Set the optimizers' rates for when this part of the training is done."""
+        for optimizer in (self.g_optimizer, self.d_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * self.rate(progress)
+
+    def is_conditional(self, step: int, steps: int) -> bool:
+        """Whether the generator knows the classes in full after `step` of `steps`."""
+        return False
+
+    def adapt(self) -> None:
+        """Adjust what follows the course of training; called every few steps, always after the same ones."""
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "generator_ema": self.generator_ema,
+        }
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a resumed training needs besides networks and optimizers."""
+        return {}
+
+    def restore_extra(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `extra_state` gave."""
+
+    def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-
-    def _symmetric(self, real: Tensor, rng: torch.Generator) -> Tensor:
-        return symmetric(real, self.settings.augmentation, rng)
-
-    def _judge(self, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The discriminator's logits and features of a changed, noisy view of each image."""
-        with torch.autocast(rng.device.type, enabled=False):  # coordinates in bf16 would be off by whole pixels
-            seen = changed(images, self.settings.augmentation, rng)
-        if self.settings.noise_std > 0:
-            seen = seen + self.settings.noise_std * torch.randn(seen.shape, generator=rng, device=rng.device)
-        logits, features = self.networks.discriminator(seen.contiguous(memory_format=torch.channels_last))
-        return logits, features
-
-    def _barlow(self, first_view: Tensor, real: Tensor, rng: torch.Generator) -> Tensor:
-        """Equation 3 between the view already judged and a second one, divided by the number of features."""
-        second_view = self._judge(self._symmetric(real, rng), rng)[1]
-        weight = self.settings.barlow_lambda
-        with torch.autocast(rng.device.type, enabled=False):
-            if self.settings.barlow == "full":
-                z1, z2 = first_view.flatten(1), second_view.flatten(1)
-                return barlow_twins_full(z1, z2, weight) / z1.shape[1]
-            z1, z2 = pooled_features(first_view), pooled_features(second_view)
-            return barlow_twins(z1, z2, weight) / z1.shape[1]
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """Move the averaged generator: `decay` of itself, the rest of the generator; BatchNorm buffers are copied."""
-        networks = self.networks
-        averaged = [p.detach() for p in networks.generator_ema.parameters()]
-        current = [p.detach() for p in networks.generator.parameters()]
+        """Move the averaged generator: `decay` of itself, the rest of the generator; buffers are copied."""
+        averaged = [p.detach() for p in self.generator_ema.parameters()]
+        current = [p.detach() for p in self.generator.parameters()]
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
-        for target, source in zip(networks.generator_ema.buffers(), networks.generator.buffers(), strict=True):
+        for target, source in zip(self.generator_ema.buffers(), self.generator.buffers(), strict=True):
             target.copy_(source)
 
 
-def _require_grad(parameters: list[torch.nn.Parameter], value: bool) -> None:
+def learned(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of an optimizer down a loss."""
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+
+
+@contextmanager
+def held(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block these parameters take no gradient, which saves computing it."""
     for parameter in parameters:
-        parameter.requires_grad_(value)
+        parameter.requires_grad_(False)
+    yield
+    for parameter in parameters:
+        parameter.requires_grad_(True)

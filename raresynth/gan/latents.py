@@ -11,13 +11,17 @@ CHUNK = 16
 Latents = npt.NDArray[np.float32]
 
 
-def latents(seed: int, first: int, n: int, dim: int) -> Latents:
-    """Standard normal latents of the images first .. first + n - 1; float32 of shape (n, dim)."""
+def latents(seed: int, first: int, n: int, dim: int, truncation: float = 1.0) -> Latents:
+    """Latents of the images first .. first + n - 1; float32 of shape (n, dim).
+
+    Args:
+        truncation: their standard deviation; less than 1 gives more typical images and less variety.
+    """
     rows = np.empty((n, dim), np.float32)
     for row, index in zip(rows, range(first, first + n), strict=True):
         key = np.array([seed, index], np.uint64)
         np.random.Generator(np.random.Philox(key=key)).standard_normal(out=row, dtype=np.float32)
-    return rows
+    return rows * np.float32(truncation)
 
 
 def aligned_chunks(indices: Sequence[int]) -> Iterator[tuple[int, list[int]]]:

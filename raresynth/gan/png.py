@@ -21,6 +21,7 @@ class Provenance:
     label: str
     seed: int
     index: int
+    truncation: float = 1.0
 
 
 def to_pixels(output: npt.NDArray[np.float32]) -> Pixels:
@@ -30,7 +31,7 @@ def to_pixels(output: npt.NDArray[np.float32]) -> Pixels:
 
 
 def encode_png(pixels: Pixels, provenance: Provenance) -> bytes:
-    """One image (R, R, 3) as PNG with text chunks: generator, label, seed, index and `synthetic`: true."""
+    """One image (R, R, 3) as PNG with text chunks: generator, label, seed, index, truncation and `synthetic`: true."""
     text = PngInfo()
     for key, value in {**vars(provenance), "synthetic": True}.items():
         text.add_text(key, value if isinstance(value, str) else json.dumps(value))

@@ -1,36 +1,57 @@
-"""The two presets of the seed paper (its section III), as one table."""
+"""The presets as one table: what they set where a GanConfig leaves a knob at null."""
 
 from typing import Any, Literal
 
 from raresynth.config import Config, GanConfig
-from raresynth.errors import MemoryLimitError
+from raresynth.errors import MemoryLimitError, ParamsError
+
+_SEED_PAPER: dict[str, Any] = {"width": 24, "batch_size": 16, "learning_rate": 2e-4, "betas": (0.5, 0.999)}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "stgan-lite": {
+    "raresynth": {
+        "width": 16,
+        "batch_size": 16,
+        "learning_rate": 5e-4,
+        "betas": (0.0, 0.99),
+        "freeze_d": 2,
+        "gradient_penalty": 0.1,
+        "annealing": (0.1, 0.3),
+        "augmentation_target": 0.6,
+        "class_power": 0.75,
+        "snapshots": 12,
+    },
+    # Seed paper, section III.
+    "stgan-lite": _SEED_PAPER
+    | {
         "generator_conv": "depthwise",
         "discriminator": "patch",
         "barlow": "pooled",
         "barlow_alpha": 0.1,
+        "barlow_lambda": 5e-3,
         "label_smoothing": 0.1,
         "noise_std": 0.05,
         "freeze_d": 2,
         "wrap_batches": True,
+        "memory_limit_mb": 2048,
     },
-    "dcgan-base": {
+    "dcgan-base": _SEED_PAPER
+    | {
         "generator_conv": "dense",
         "discriminator": "scalar",
         "barlow": "full",
         "barlow_alpha": 0.1,
+        "barlow_lambda": 5e-3,
         "label_smoothing": 0.0,
         "noise_std": 0.0,
         "freeze_d": 0,
         "wrap_batches": False,
+        "memory_limit_mb": 2048,
     },
 }
 
 
 class GanSettings(Config):
-    """A GanConfig with every knob decided; fields as there."""
+    """A GanConfig with every knob decided, as far as all presets have it; fields as there."""
 
     preset: str
     resolution: int
@@ -44,6 +65,27 @@ class GanSettings(Config):
     ema_half_life_kimg: float
     precision: Literal["fp32", "bf16"]
     augmentation: Literal["none", "paper", "dermoscopy"]
+    freeze_d: int
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What rebuilds the networks."""
+        return self.model_dump(include=set(_ARCHITECTURE))
+
+
+class ResidualSettings(GanSettings):
+    """Of preset `raresynth`."""
+
+    gradient_penalty: float
+    annealing: tuple[float, float]
+    augmentation_target: float
+    class_power: float
+    snapshots: int
+
+
+class SeedPaperSettings(GanSettings):
+    """Of the presets `stgan-lite` and `dcgan-base`."""
+
     barlow_alpha: float
     barlow_lambda: float
     generator_conv: Literal["depthwise", "dense"]
@@ -51,17 +93,27 @@ class GanSettings(Config):
     barlow: Literal["pooled", "full"]
     label_smoothing: float
     noise_std: float
-    freeze_d: int
     wrap_batches: bool
     memory_limit_mb: int
 
 
-def resolve(config: GanConfig) -> GanSettings:
-    """Fill the knobs left at null from the preset."""
-    return GanSettings(**{**PRESETS[config.preset], **config.model_dump(exclude_none=True)})
+_ARCHITECTURE = ("preset", "resolution", "latent_dim", "width", "generator_conv", "discriminator")
 
 
-def check_memory(settings: GanSettings, features: int) -> None:
+def resolve(config: GanConfig) -> ResidualSettings | SeedPaperSettings:
+    """Fill the knobs left at null from the preset.
+
+    Raises:
+        ParamsError: a knob is set that the preset does not have.
+    """
+    settings = ResidualSettings if config.preset == "raresynth" else SeedPaperSettings
+    knobs = config.model_dump(exclude_none=True)
+    if unknown := sorted(knobs.keys() - settings.model_fields.keys()):
+        raise ParamsError(f"gan.{unknown[0]} is no knob of the preset {config.preset}; leave it at null")
+    return settings(**{**PRESETS[config.preset], **knobs})
+
+
+def check_memory(settings: SeedPaperSettings, features: int) -> None:
     """Refuse a full Barlow loss whose cross-correlation matrix is too large.
 
     Args:

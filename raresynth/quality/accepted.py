@@ -6,11 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from raresynth.config import GateConfig
+from raresynth.dataset.manifest import SYNTHETIC_COLUMNS, read_synthetic
 from raresynth.lineage import Report, read_report, write_report, write_text
 from raresynth.quality.gate import ClassDecision, decide
 from raresynth.quality.reports import FailedClass, QualityReport
-
-COLUMNS = ("image_id", "path", "label", "generator", "seed", "index", "sha256", "width", "height")
 
 
 class GateReport(Report):
@@ -26,19 +25,24 @@ def gate(
     failed: Mapping[str, str],
     unmeasured: Mapping[str, str],
     synthetic_dirs: Mapping[str, Path],
+    root: Path,
     out_dir: Path,
     config: GateConfig,
 ) -> GateReport:
-    """Decide on every class; writes decisions.json and accepted.csv, the synthetic images that may be used.
+    """Decide on every class.
+
+    Writes decisions.json, accepted.csv, the synthetic images that may be used, and drawn.csv, all that there are.
 
     Args:
         quality_dirs: label -> folder that `measure` left.
         failed: label -> why its images could not be made; such a class is rejected.
         unmeasured: label -> why its images could not be measured; such a class stays insufficient.
-        synthetic_dirs: label -> folder that `synthesize` left.
+        synthetic_dirs: label -> folder that `synthesize` left; may hold classes that are not decided on.
+        root: folder that the paths in accepted.csv and drawn.csv are relative to.
 
     Raises:
         CheckpointError: a report is missing or no report of this version.
+        DataError: a synthetic manifest is missing.
     """
     reports = [read_report(folder / "report.json", QualityReport) for folder in quality_dirs.values()]
     decisions = decide([*reports, *(FailedClass(label=label, reason=why) for label, why in failed.items())], config)
@@ -46,19 +50,20 @@ def gate(
         label: ClassDecision(label=label, decision="insufficient", reasons=[why]) for label, why in unmeasured.items()
     }
     accepted = [label for label, decision in decisions.items() if decision.decision == "accepted"]
-    # A class may be called "None": nothing is to be taken for an absent value.
-    frames = [
-        pd.read_csv(
-            synthetic_dirs[label] / "manifest.csv", dtype={"label": str, "image_id": str}, keep_default_na=False
-        )
-        for label in accepted
-    ]
-    usable = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
-    write_text(out_dir / "accepted.csv", usable.to_csv(index=False, lineterminator="\n"))
+    drawn = {label: _read(folder, root) for label, folder in synthetic_dirs.items()}
+    for name, labels in (("accepted.csv", accepted), ("drawn.csv", drawn)):
+        rows = pd.concat([pd.DataFrame(columns=list(SYNTHETIC_COLUMNS)), *(drawn[label] for label in labels)])
+        write_text(out_dir / name, rows.to_csv(index=False, lineterminator="\n"))
     report = GateReport(
         classes=decisions,
-        n_accepted={label: len(frame) for label, frame in zip(accepted, frames, strict=True)},
+        n_accepted={label: len(drawn[label]) for label in accepted},
         limits=config,
     )
     write_report(out_dir / "decisions.json", report)
     return report
+
+
+def _read(folder: Path, root: Path) -> pd.DataFrame:
+    manifest = read_synthetic(folder / "manifest.csv", "synthesize")
+    above = folder.parent.relative_to(root).as_posix()
+    return manifest.assign(path=[f"{above}/{path}" for path in manifest["path"]])

@@ -76,6 +76,11 @@ def check_copying(
     )
 
 
+def relative_distances(images: Pixels, train: Pixels, train_groups: npt.NDArray[np.int64]) -> Array:
+    """(M,) distance of each image to its nearest train group / mean distance to the next ones; arguments as above."""
+    return _relative(_distances(images, _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])), train_groups)[0]
+
+
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of which `count` in `n` were seen."""
     share, z2 = count / n, Z_95**2

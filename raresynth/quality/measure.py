@@ -10,17 +10,16 @@ import pandas as pd
 
 from raresynth.config import GateConfig, QualityConfig
 from raresynth.dataset.images import Pixels, load_images
-from raresynth.dataset.manifest import read_manifest
+from raresynth.dataset.manifest import read_manifest, read_synthetic
 from raresynth.errors import DataError, TooFewImages
 from raresynth.lineage import write_report
 from raresynth.quality import copying, inception
 from raresynth.quality.distances import Estimates, frechet_distance, kernel_distance, kernel_distances
 from raresynth.quality.encoder import Encoder, Features
 from raresynth.quality.neighbours import neighbourhood
+from raresynth.quality.reals import MIN_GROUPS, MIN_REAL, Reals, at_most, group_numbers, held_out_reals
 from raresynth.quality.reports import Copying, Distance, Fid, NearestReal, Proportion, QualityReport
 
-MIN_REAL = 12
-MIN_GROUPS = 4
 MIN_TRAIN_GROUPS = 3
 MIN_HALF = 4
 MIN_OTHER = 12
@@ -56,19 +55,19 @@ def measure(
     """
     manifest = read_manifest(manifest_path)
     manifest = manifest[manifest["split"] != "test"]
-    fakes = _read_synthetic(synthetic_dir / "manifest.csv", config.max_images, seed)
-    real, binding = _reals(manifest[manifest["label"] == label], label, config)
+    fakes = _fakes(synthetic_dir / "manifest.csv", config.max_images, seed)
+    real, binding = held_out_reals(manifest, label, config.min_held_out)
     train = _train(manifest[manifest["label"] == label], label)
-    real = _at_most(real, config.max_images, seed)
+    real = at_most(real, config.max_images, seed)
     encoder = Encoder.load(encoder_dir)
 
     def features(frame: pd.DataFrame, root: Path) -> Features:
         return encoder.features(load_images(frame, root, encoder.resolution, cache_dir))
 
     others = {
-        str(name): Others(features(frame, data_dir), _numbers(frame["group"]))
+        str(name): Reals(features(frame, data_dir), group_numbers(frame))
         for name, every in manifest[manifest["label"] != label].groupby("label")
-        for frame in [_at_most(every, config.max_images, seed)]
+        for frame in [at_most(every, config.max_images, seed)]
         if len(frame) >= MIN_OTHER and frame["group"].nunique() >= MIN_GROUPS
     }
     if not others:
@@ -77,7 +76,7 @@ def measure(
             "add another to compare with"
         )
     real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
-    groups = _numbers(real["group"])
+    groups = group_numbers(real)
     kids = {
         name: kernel_distances(real_features, fake_features, other.features, groups, other.groups)
         for name, other in others.items()
@@ -110,27 +109,11 @@ def measure(
     return report
 
 
-def _read_synthetic(path: Path, limit: int, seed: int) -> pd.DataFrame:
-    try:
-        dtype = {"image_id": str, "path": str, "label": str, "sha256": str}
-        frame = pd.read_csv(path, dtype=dtype, keep_default_na=False)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; run synthesize first") from error
+def _fakes(path: Path, limit: int, seed: int) -> pd.DataFrame:
+    frame = read_synthetic(path, "synthesize")
     if len(frame) < 2 * MIN_REAL:
         raise TooFewImages(f"{path} lists {len(frame)} images and measuring needs {2 * MIN_REAL}; synthesize more")
-    return _at_most(frame, limit, seed)
-
-
-def _reals(frame: pd.DataFrame, label: str, config: QualityConfig) -> tuple[pd.DataFrame, bool]:
-    held_out = frame[frame["split"] == "val"]
-    binding = len(held_out) < config.min_held_out
-    real = frame if binding else held_out
-    if len(real) < MIN_REAL or real["group"].nunique() < MIN_GROUPS:
-        raise TooFewImages(
-            f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in train and val, and "
-            f"measuring needs {MIN_REAL} of {MIN_GROUPS}; add images or raise validation.min_images"
-        )
-    return real, binding
+    return at_most(frame, limit, seed)
 
 
 def _train(frame: pd.DataFrame, label: str) -> pd.DataFrame:
@@ -161,25 +144,6 @@ def nearest_other(label: str, kids: Mapping[str, Estimates]) -> tuple[str, str |
     if chosen == nearest:
         return chosen, None
     return chosen, f"So few reals do not tell {label} from {nearest}, so its distances are held against {chosen}."
-
-
-def _at_most(frame: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
-    if len(frame) <= limit:
-        return frame
-    chosen = np.random.default_rng([seed, len(frame)]).choice(len(frame), limit, replace=False)
-    return frame.iloc[np.sort(chosen)]
-
-
-def _numbers(groups: "pd.Series[str]") -> npt.NDArray[np.int64]:
-    return np.asarray(pd.factorize(groups)[0], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Others:
-    """Reals of another class: features (L, D), and the group number of each."""
-
-    features: Features
-    groups: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -256,7 +220,7 @@ def grouped_halves(
 
 
 def compare_halves(
-    real: Features, fake: Features, other: Others, groups: npt.NDArray[np.int64], splits: int, seed: int
+    real: Features, fake: Features, other: Reals, groups: npt.NDArray[np.int64], splits: int, seed: int
 ) -> Halves:
     """Compare random halves of the reals, split by group, with as many fakes, other reals, and reals of the other half.
 
@@ -316,7 +280,7 @@ def _fid(
     # Both sides at the synthetic images' own size, so that the fakes are not judged by pixels they do not have.
     side = int(fakes["width"].min())
     images = load_images(real, data_dir, side, cache_dir), load_images(fakes, synthetic_root, side, cache_dir)
-    halves = grouped_halves(_numbers(real["group"]), np.random.default_rng([seed, 3]))
+    halves = grouped_halves(group_numbers(real), np.random.default_rng([seed, 3]))
     try:
         return inception.fid(config.inception, *images, halves), None
     except inception.WeightsUnavailable as error:
@@ -338,7 +302,7 @@ def _copying(
     figures = copying.check_copying(
         pixels(fakes, synthetic_root),
         pixels(train, data_dir),
-        _numbers(train["group"]),
+        group_numbers(train),
         pixels(unseen, data_dir),
         threshold,
     )

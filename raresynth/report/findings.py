@@ -14,6 +14,7 @@ from raresynth.classifier.training import ClassifierReport
 from raresynth.config import Params
 from raresynth.dataset.expectations import ValidationReport
 from raresynth.dataset.manifest import read_manifest
+from raresynth.gan.sampling import SynthesisReport
 from raresynth.gan.training import GanReport
 from raresynth.lineage import ReportT, read_report
 from raresynth.quality.encoder import EncoderReport
@@ -68,6 +69,7 @@ class Findings:
     pretrain: GanReport
     finetune: Mapping[str, GanReport]
     synthetic: Mapping[str, pd.DataFrame]
+    synthesis: Mapping[str, SynthesisReport]
     quality: Mapping[str, QualityReport]
     n_accepted: Mapping[str, int]
     decisions: Mapping[str, Any]
@@ -94,6 +96,7 @@ def read_findings(sources: Sources, params: Params) -> Findings:
         pretrain=read_report(sources.pretrain_dir / "report.json", GanReport),
         finetune=_read_reports(sources.finetune_dirs, GanReport),
         synthetic={label: _read_table(folder / "manifest.csv") for label, folder in sources.synthetic_dirs.items()},
+        synthesis=_read_reports(sources.synthetic_dirs, SynthesisReport),
         quality=_read_reports(sources.quality_dirs, QualityReport),
         n_accepted={str(label): int(n) for label, n in accepted.items()},
         decisions=json.loads(sources.decisions.read_text(encoding="utf-8")),

@@ -30,6 +30,13 @@ CALIBRATION_BINS = 10
 FEW_TEST_IMAGES = 30
 """A class with fewer test images is named as one whose figures are coarse."""
 
+KIMG = "thousand real images shown"
+LOSS_NAMES = {
+    "d_loss": "discriminator",
+    "g_loss": "generator",
+    "barlow": "Barlow Twins, per feature",
+    "penalty": "gradient penalty",
+}
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "accuracy": "accuracy",
@@ -148,7 +155,7 @@ def compose(findings: Findings, pictures: Pictures) -> str:
         distribution=distribution(findings),
         quarantine=quarantine_examples(findings.quarantine),
         gans=gans,
-        gan_charts=[_gan_chart(report) for report in gans],
+        gan_charts=[chart for report in gans for chart in _gan_charts(report)],
         encoder_chart=_encoder_chart(findings),
         arm_charts=_arm_charts(findings),
         controls=_controls(findings),
@@ -241,13 +248,17 @@ def _gallery(findings: Findings, label: str, data_dir: Path, synthetic_root: Pat
     return Gallery(label, real, sheet(synthetic, GALLERY_COLUMNS), pairs)
 
 
-def _gan_chart(report: GanReport) -> Markup:
+def _gan_charts(report: GanReport) -> list[Markup]:
     curves = report.curves
-    lines = [Line("discriminator", curves.kimg, curves.d_loss), Line("generator", curves.kimg, curves.g_loss)]
-    if any(curves.barlow):
-        lines.append(Line("Barlow Twins, per feature", curves.kimg, curves.barlow))
+    lines = [Line(LOSS_NAMES[name], curves.kimg, values) for name, values in curves.losses.items() if any(values)]
     name = "Universal generator" if report.label is None else f"Generator of {report.label}"
-    return line_chart(name, lines, "thousand real images shown", "loss")
+    charts = [line_chart(name, lines, KIMG, "loss")]
+    if report.snapshots:
+        kimg = [snapshot.kimg for snapshot in report.snapshots]
+        labels = sorted({label for snapshot in report.snapshots for label in snapshot.kid})
+        kids = [Line(of, kimg, [s.kid.get(of, float("nan")) for s in report.snapshots]) for of in labels]
+        charts.append(line_chart(f"{name}: KID to held-out reals", kids, KIMG, "KID"))
+    return charts
 
 
 def _encoder_chart(findings: Findings) -> Markup:

@@ -1,0 +1,123 @@
+"""The three presets at equal images shown, several seeds: trains what the tables of gan_quality.py compare.
+
+    python -P benchmarks/gan_series.py --run RUN --data ../shared/ham10000 --out SERIES
+
+RUN is a finished run at 64 x 64: its validated manifest and its encoder are used. Each of the runs below shows 200,000
+images, the universal GAN's and the six classes' together; it is one task on one thread, and as many as `--tasks` go on
+at once. Started again after an interruption, the series goes on where it was.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from raresynth import flow
+from raresynth.lineage import write_json
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "raresynth": {"pretrain_kimg": 176, "finetune_kimg": 4, "ema_half_life_kimg": 5},
+    # As in params/paper.yaml, with the ordinary augmentation of this project, which suits dermoscopy better.
+    "stgan-lite": {
+        **{"pretrain_kimg": 128, "finetune_kimg": 12, "ema_half_life_kimg": 5},
+        **{"width": 32, "batch_size": 32},
+    },
+    "dcgan-base": {
+        **{"pretrain_kimg": 128, "finetune_kimg": 12, "ema_half_life_kimg": 5},
+        **{"width": 32, "batch_size": 32},
+    },
+}
+RESOLUTION = 64
+CHECKPOINT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A finished run and its images."""
+
+    store: Path
+    data_dir: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.store / flow.read_record(self.store, "validate").output / "manifest.csv"
+
+    @property
+    def encoder(self) -> Path:
+        return self.store / flow.read_record(self.store, "train-encoder").output
+
+    @property
+    def packed(self) -> Path:
+        return self.store / "packed"
+
+
+def folder(out: Path, preset: str, seed: int) -> Path:
+    return out / f"{preset}-{seed}"
+
+
+def train(inputs: Inputs, out: Path, preset: str, knobs: dict[str, Any], seed: int) -> None:
+    """One universal GAN and its classes' generators, unless they are there; times and peak memory go to times.json."""
+    import resource
+
+    import torch
+
+    from raresynth.config import BalanceConfig, GanConfig
+    from raresynth.dataset.balance import images_to_synthesize
+    from raresynth.dataset.manifest import read_manifest
+    from raresynth.gan.training import finetune, pretrain
+    from raresynth.quality.judge import ValJudge
+
+    torch.set_num_threads(1)
+    config = GanConfig(preset=preset, resolution=RESOLUTION, **knobs)
+    judge = ValJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
+    common = (config, seed, "cpu", inputs.packed, CHECKPOINT_EVERY_S, judge)
+    labels = images_to_synthesize(read_manifest(inputs.manifest), BalanceConfig())
+    for label in (None, *labels):
+        place = out / ("universal" if label is None else label)
+        if (place / "report.json").exists():
+            continue
+        started = time.monotonic()
+        if label is None:
+            pretrain(inputs.data_dir, inputs.manifest, place, *common)
+        else:
+            finetune(inputs.data_dir, inputs.manifest, out / "universal", label, place, *common)
+        # Of an interrupted training this is the time of its last part alone; gan_step.py measures throughput.
+        seconds, peak_kb = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        write_json(place / "time.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(peak_kb / 1024)})
+
+
+def tasks(presets: list[str], seeds: int) -> Iterator[tuple[str, int]]:
+    """Seed by seed, so that a series that is cut short compares all presets."""
+    for seed, preset in product(range(seeds), presets):
+        yield preset, seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--preset", choices=PRESETS, action="append", help="only this one")
+    parser.add_argument("--tasks", type=int, default=2, help="at once")
+    args = parser.parse_args()
+    inputs = Inputs(args.run, args.data)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(args.tasks, get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {
+            (preset, seed): pool.submit(train, inputs, folder(args.out, preset, seed), preset, PRESETS[preset], seed)
+            for preset, seed in tasks(args.preset or list(PRESETS), args.seeds)
+        }
+        for (preset, seed), task in running.items():
+            task.result()
+            print(f"{preset}, seed {seed}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

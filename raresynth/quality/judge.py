@@ -1,0 +1,66 @@
+"""What a generator in training is worth: KID of its images to a class's held-out reals."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from raresynth.dataset.images import Pixels, load_images, resized
+from raresynth.dataset.manifest import read_manifest
+from raresynth.errors import TooFewImages
+from raresynth.quality.distances import kernel_distance, kernel_distances
+from raresynth.quality.encoder import Encoder, Features
+from raresynth.quality.reals import Reals, at_most, group_numbers, held_out_reals
+
+MIN_HELD_OUT = 50
+"""With fewer val images a class is judged by train + val ones."""
+MAX_REALS = 1000
+
+
+class ValJudge:
+    """Compares images with a class's reals as `measure` does; the test split is never looked at.
+
+    Its limits are not those of the params' section quality, a change of which would repeat all training.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        manifest_path: Path,
+        encoder_dir: Path,
+        seed: int,
+        cache_dir: Path | None,
+    ) -> None:
+        self._manifest = read_manifest(manifest_path)
+        self._data_dir, self._seed, self._cache_dir = data_dir, seed, cache_dir
+        self._encoder = Encoder.load(encoder_dir)
+        self._reals = cache(self._read)
+
+    def kid(self, label: str, images: Pixels) -> float | None:
+        """KID of uint8 images (M, R, R, 3) to the class's reals, or None where these are too few."""
+        try:
+            real = self._reals(label)
+        except TooFewImages:
+            return None
+        return kernel_distance(real.features, self._features(images), real.groups)
+
+    def gain(self, label: str, images: Pixels, others: Pixels) -> tuple[float, float]:
+        """How much lower the images' KID is than the others', and that difference's standard error (jackknife).
+
+        Raises:
+            TooFewImages: the class has too few reals.
+        """
+        real = self._reals(label)
+        first, second = self._features(images), self._features(others)
+        kid = kernel_distances(real.features, first, second, real.groups, np.arange(len(second)))
+        (a, c), (_, b) = kid.covariance
+        return kid.second - kid.first, float(np.sqrt(max(a + b - 2 * c, 0.0)))
+
+    def _read(self, label: str) -> Reals:
+        frame, _ = held_out_reals(self._manifest, label, MIN_HELD_OUT)
+        frame = at_most(frame, MAX_REALS, self._seed)
+        pixels = load_images(frame, self._data_dir, self._encoder.resolution, self._cache_dir)
+        return Reals(self._encoder.features(pixels), group_numbers(frame))
+
+    def _features(self, images: Pixels) -> Features:
+        return self._encoder.features(resized(images, self._encoder.resolution))
