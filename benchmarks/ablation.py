@@ -1,0 +1,183 @@
+"""What each part of the preset raresynth is worth: HAM10000 at 64 x 64, 100,000 images, one part left out at a time.
+
+    python -P benchmarks/ablation.py --run RUN --data ../shared/ham10000 --out OUT [--seeds 2]
+
+RUN is a finished run at 64 x 64. Parts that were tried and left out of the library stand here, as they were tried. KID
+is on the val split (train + val below 50 images), which is what the preset was tuned on; nothing here looks at test.
+Started again, it goes on.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import count, product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gan_series import RESOLUTION, Inputs
+from torch import Tensor
+
+from raresynth.config import GanConfig
+from raresynth.gan import training
+from raresynth.gan.residual import game as residual
+from raresynth.gan.residual.game import ResidualGame
+from raresynth.gan.seed_paper.losses import barlow_twins
+from raresynth.lineage import write_json
+from raresynth.quality.judge import ValJudge
+
+KIMG, BRANCH_KIMG = 88.0, 2.0
+"""With a branch for each of six classes, 100 in all."""
+
+
+class NonSaturating(ResidualGame):
+    """The discriminator judges each image by itself (Goodfellow et al. 2014), with the same penalties."""
+
+    def step(self, *args: Any) -> Tensor:
+        return _with_loss(
+            lambda winner, loser: F.softplus(-winner.float()).mean() + F.softplus(loser.float()).mean(),
+            super().step,
+            *args,
+        )
+
+
+def _with_loss(loss: Callable[[Tensor, Tensor], Tensor], step: Callable[..., Tensor], *args: Any) -> Tensor:
+    original, residual.relativistic = residual.relativistic, loss
+    try:
+        return step(*args)
+    finally:
+        residual.relativistic = original
+
+
+class AlwaysAugmented(ResidualGame):
+    """Every image is changed before the discriminator sees it, as in DiffAugment."""
+
+    def adapt(self) -> None:
+        self.augmentation_strength = 1.0
+
+
+class ConstantRate(ResidualGame):
+    """The learning rate does not fall."""
+
+    def rate(self, progress: float) -> float:
+        return residual.BRANCH_RATE if self.finetuning else 1.0
+
+
+class Barlow(ResidualGame):
+    """Barlow Twins on the discriminator's features of two views of the reals while fine-tuning (seed paper, eq. 4)."""
+
+    WEIGHT = 0.1
+
+    def step(self, real: Tensor, *args: Any) -> Tensor:
+        plain, losses = residual.relativistic, count()
+
+        def loss(winner: Tensor, loser: Tensor) -> Tensor:
+            of_discriminator = next(losses) == 0  # the generator's comes second
+            extra = self.WEIGHT * self._barlow(real) if self.finetuning and of_discriminator else 0.0
+            return plain(winner, loser) + extra
+
+        return _with_loss(loss, super().step, real, *args)
+
+    def _barlow(self, real: Tensor) -> Tensor:
+        with self.autocast(real.device):
+            first, second = (self._features(view) for view in (real, real.flip(3)))
+        return barlow_twins(first, second, weight=5e-3) / first.shape[1]
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = self.discriminator.stem(images.contiguous(memory_format=torch.channels_last))
+        for block in self.discriminator.blocks:
+            x = block(x)
+        return F.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+
+ROWS: dict[str, tuple[dict[str, Any], type[ResidualGame]]] = {
+    "raresynth": ({}, ResidualGame),
+    "augmentation off": ({"augmentation_target": 0.0}, ResidualGame),
+    "augmentation always on": ({}, AlwaysAugmented),
+    "no annealing (conditional from the start)": ({"annealing": (0.0, 0.0)}, ResidualGame),
+    "no Freeze-D": ({"freeze_d": 0}, ResidualGame),
+    "with Barlow Twins": ({}, Barlow),
+    "no EMA": ({"ema_half_life_kimg": 1e-6}, ResidualGame),
+    "no rare-class sampling": ({"class_power": 0.0}, ResidualGame),
+    "non-saturating loss": ({}, NonSaturating),
+    "constant learning rate": ({}, ConstantRate),
+}
+
+
+def train(inputs: Inputs, out: Path, row: str, seed: int) -> None:
+    """The universal GAN and the six branches of one row; KIDs go to result.json."""
+    torch.set_num_threads(1)
+    knobs, training.ResidualGame = ROWS[row]
+    lengths = {"pretrain_kimg": KIMG, "finetune_kimg": BRANCH_KIMG, "ema_half_life_kimg": 5.0}
+    config = GanConfig(resolution=RESOLUTION, **(lengths | knobs))
+    judge = ValJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
+    started = time.monotonic()
+    common = (config, seed, "cpu", inputs.packed, 60.0, judge)
+    universal = training.pretrain(inputs.data_dir, inputs.manifest, out / "universal", *common)
+    result: dict[str, Any] = {"status": universal.status, "universal": {}, "branch": {}, "kept": {}}
+    if universal.status == "trained":
+        result["universal"] = next(s.kid for s in universal.snapshots if s.step == universal.kept_step)
+        for label in sorted(result["universal"]):
+            if label == _majority(inputs):
+                continue
+            report = training.finetune(inputs.data_dir, inputs.manifest, out / "universal", label, out / label, *common)
+            result["kept"][label] = report.kept_step
+            kids = {snapshot.step: snapshot.kid[label] for snapshot in report.snapshots}
+            result["branch"][label] = kids[report.kept_step] if report.status == "trained" else None
+    result["seconds"] = time.monotonic() - started
+    write_json(out / "result.json", result)
+
+
+def _majority(inputs: Inputs) -> str:
+    from raresynth.dataset.manifest import read_manifest
+
+    return str(read_manifest(inputs.manifest)["label"].value_counts().index[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--tasks", type=int, default=2, help="at once")
+    args = parser.parse_args()
+    inputs = Inputs(args.run, args.data)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    places = {
+        (row, seed): args.out / f"{row.replace(' ', '-')}-{seed}" for seed, row in product(range(args.seeds), ROWS)
+    }
+    with ProcessPoolExecutor(args.tasks, get_context("spawn"), max_tasks_per_child=1) as pool:
+        tasks = [
+            pool.submit(train, inputs, place, *key)
+            for key, place in places.items()
+            if not (place / "result.json").exists()
+        ]
+        for task in tasks:
+            task.result()
+    print("| | mean KID, universal | mean KID, branches kept where they help | branches kept |\n|---|---|---|---|")
+    for row in ROWS:
+        results = [json.loads((places[row, seed] / "result.json").read_text()) for seed in range(args.seeds)]
+        if any(result["status"] == "collapsed" for result in results):
+            print(f"| {row} | collapsed | | |")
+            continue
+        minor = [[r["universal"][label] for label in r["branch"]] for r in results]
+        branch = [[r["branch"][label] for label in r["branch"]] for r in results]
+        kept = sum(step > 0 for r in results for step in r["kept"].values())
+        total = sum(len(r["kept"]) for r in results)
+        # Mean over classes and seeds, and how far the seeds lie apart.
+        cells = [
+            " ± ".join(f"{f([np.mean(kids) for kids in each]):.3f}" for f in (np.mean, np.ptp))
+            for each in (minor, branch)
+        ]
+        print(f"| {row} | {cells[0]} | {cells[1]} | {kept} of {total} |")
+
+
+if __name__ == "__main__":
+    main()
