@@ -37,7 +37,7 @@ def run(
     try:
         flow.execute(stage, opened, item, {name: Path(path) for name, path in given.items()})
     except (RaresynthError, OSError) as error:
-        sentence = describe(error) if isinstance(error, OSError) else str(error)
+        sentence = describe(error)
         if ERROR_FILE in os.environ:  # the local runner says it at the end
             Path(os.environ[ERROR_FILE]).write_text(sentence, encoding="utf-8")
         else:

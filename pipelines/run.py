@@ -14,7 +14,7 @@ from typing import IO
 
 from components import task
 from raresynth.config import load_params
-from raresynth.errors import RaresynthError, describe
+from raresynth.errors import INTERRUPTED, RaresynthError, describe
 from raresynth.flow import only_run_of
 from raresynth.report.summary import summarize
 
@@ -27,9 +27,7 @@ def main() -> int:
         with only_run_of(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
             _end_on_interrupt(scratch)
             error = _run_pipeline(data.resolve(), params.model_dump_json(), store.resolve(), Path(scratch))
-    except RaresynthError as refused:
-        error = str(refused)
-    except OSError as refused:
+    except (RaresynthError, OSError) as refused:
         error = describe(refused)
     if error is not None:
         print(f"raresynth: {error}", file=sys.stderr)
@@ -75,7 +73,7 @@ def _end_on_interrupt(scratch: str) -> None:
 
     def wait() -> None:
         signal.sigwait({signal.SIGINT})
-        os.write(2, b"raresynth: interrupted; the same command goes on from here\n")
+        os.write(2, f"raresynth: {INTERRUPTED}\n".encode())
         shutil.rmtree(scratch, ignore_errors=True)
         os._exit(130)
 

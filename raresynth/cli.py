@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raresynth import flow
 from raresynth.config import load_params
-from raresynth.errors import CheckpointError, DataError, ParamsError, RaresynthError, describe
+from raresynth.errors import INTERRUPTED, CheckpointError, DataError, ParamsError, RaresynthError, describe
 
 EXIT_USER_ERROR = 2
 
@@ -36,14 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
-    except RaresynthError as error:
-        print(f"raresynth: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
+    except (RaresynthError, OSError) as error:
         print(f"raresynth: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("raresynth: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"raresynth: {INTERRUPTED}", file=sys.stderr)
         return 130
     return 0
 

@@ -45,7 +45,13 @@ class TrainingCollapse(RaresynthError):
         )
 
 
-def describe(error: OSError) -> str:
-    """What the system refused, as one sentence."""
+INTERRUPTED = "interrupted; the same command goes on from here"
+"""What is said on Ctrl-C."""
+
+
+def describe(error: RaresynthError | OSError) -> str:
+    """What a user can cure, as one sentence."""
+    if isinstance(error, RaresynthError):
+        return str(error)
     where = f" {error.filename}" if error.filename else ""
     return f"cannot read or write{where}: {error.strerror or error}; check the path, its permissions and the free space"
