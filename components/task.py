@@ -9,6 +9,7 @@ from pathlib import Path
 from raresynth import flow
 from raresynth.config import Params
 from raresynth.errors import RaresynthError, describe
+from raresynth.processes import end_with
 
 PARENT_PID = "RARESYNTH_PARENT_PID"
 CONSOLE = "RARESYNTH_CONSOLE"
@@ -54,4 +55,4 @@ def _attach_to_parent() -> None:
         # Line by line into the same terminal, pipe or file, past kfp's own log.
         sys.stderr = Path(os.environ[CONSOLE]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
     if PARENT_PID in os.environ:
-        flow.end_with(int(os.environ[PARENT_PID]))
+        end_with(int(os.environ[PARENT_PID]))

@@ -15,7 +15,7 @@ from typing import IO
 from components import task
 from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, RaresynthError, describe
-from raresynth.flow import only_run_of
+from raresynth.processes import only_run_of
 from raresynth.report.summary import summarize
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from raresynth import flow
 from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, CheckpointError, DataError, ParamsError, RaresynthError, describe
+from raresynth.processes import only_run_of
 
 EXIT_USER_ERROR = 2
 
@@ -110,7 +111,7 @@ def _stage(arguments: argparse.Namespace) -> None:
     known = flow.items(run, flow.STAGES[arguments.stage].each)
     if arguments.item is not None and arguments.item not in known:
         raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; choose from {', '.join(known)}")
-    with flow.only_run_of(run.store):
+    with only_run_of(run.store):
         if arguments.item is not None:
             records = [flow.execute(arguments.stage, run, arguments.item)]
         else:
@@ -161,7 +162,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from raresynth.tuning import tune
 
     run = _open_run(arguments.data, arguments.params, arguments.out)
-    with flow.only_run_of(run.store):
+    with only_run_of(run.store):
         report = tune(run, arguments.minutes * 60)
     best = report.trials[0]
     knobs = ", ".join(f"{name} {value:.3g}" for name, value in best.knobs.items())

@@ -10,16 +10,12 @@ import json
 import os
 import platform
 import resource
-import select
 import shutil
-import signal
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from multiprocessing import get_context
@@ -28,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raresynth import lineage
 from raresynth.config import Params
-from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages
+from raresynth.errors import CheckpointError, ParamsError, TooFewImages
+from raresynth.processes import limit_threads, prepare_worker
 from raresynth.progress import lines_only
 
 if TYPE_CHECKING:
@@ -538,7 +535,7 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     Raises:
         RaresynthError: an input is missing or cannot be used.
     """
-    limit_threads(run.params)
+    limit_threads(run.params.compute.threads)
     spec = STAGES[stage]
     needs = _upstream(spec, run, item, given or {})
     inputs = {f"{name}/{of}": record.digest for name, records in needs.items() for of, record in records.items()}
@@ -578,48 +575,8 @@ def execute_all(stage: str, run: Run) -> list[Record]:
     workers = min(len(todo), run.params.compute.parallel_tasks)
     if workers <= 1:
         return [execute(stage, run, item) for item in todo]
-    with ProcessPoolExecutor(workers, get_context("spawn"), _prepare_worker, (os.getpid(),)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker, (os.getpid(),)) as pool:
         return list(pool.map(execute, repeat(stage), repeat(run), todo))
-
-
-def _prepare_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent says what is to be said
-    end_with(parent)
-
-
-def end_with(parent: int) -> None:
-    """End this process when the process `parent` ends, also where that is killed."""
-
-    def watch() -> None:
-        # Not os.kill(parent, 0): a killed process that nobody has waited for yet still takes signals.
-        with suppress(ProcessLookupError):
-            select.select([os.pidfd_open(parent)], [], [])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def only_run_of(store: Path) -> Iterator[None]:
-    """Within the block no other process works in this run's folder.
-
-    Raises:
-        RaresynthError: another one does.
-    """
-    store.mkdir(parents=True, exist_ok=True)
-    with (store / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
-        yield
-
-
-def limit_threads(params: Params) -> None:
-    """Keep a task to its threads; to be called before numerical libraries are loaded."""
-    os.environ["OMP_NUM_THREADS"] = str(params.compute.threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(params.compute.threads)
 
 
 def _named_files(params: Params, sections: tuple[str, ...]) -> dict[str, str]:

@@ -101,7 +101,7 @@ def test_every_stage_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path, params: Path) -> None:
     from raresynth.errors import RaresynthError
-    from raresynth.flow import only_run_of
+    from raresynth.processes import only_run_of
 
     with only_run_of(tmp_path), pytest.raises(RaresynthError, match="another run"), only_run_of(tmp_path):
         pass

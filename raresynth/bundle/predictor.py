@@ -75,7 +75,7 @@ def predict_folder(bundle: Path, images: Path, out: Path) -> tuple[int, int]:
     if out.is_dir():
         raise ParamsError(f"{out} is a folder; name the CSV file to write with --out")
     files = (folder / name for folder, names in walk(images, skip=(".",)) for name in names if name[0] != ".")
-    paths = sorted(path for path in files if may_be_image(f"{images.name}/{path.name}"))
+    paths = sorted(path for path in files if may_be_image(path.name, at_top=False))
     if not paths:
         raise DataError(f"{images} holds no image file; name another folder")
     predictor = Predictor(bundle)

@@ -43,10 +43,10 @@ TURNS = {
 """Exif orientation -> what makes the image upright."""
 
 
-def may_be_image(path: str) -> bool:
-    """Whether a file of this relative path may be an image; one without extension only inside a folder."""
-    suffix = PurePosixPath(path).suffix.lower()
-    return suffix not in OTHER_SUFFIXES if suffix else "/" in path
+def may_be_image(name: str, at_top: bool) -> bool:
+    """Whether a file may be an image, by its name; one without extension is none at the top of a data folder."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix not in OTHER_SUFFIXES if suffix else not at_top
 
 
 def printable(path: str) -> str:

@@ -137,7 +137,7 @@ def find_files(data_dir: Path) -> Source:
             path = (above / name).as_posix()
             if printable(path) != path:
                 raise DataError(f"{data_dir} holds {printable(path)}, whose name is not UTF-8; rename it")
-            (images if may_be_image(path) else others).append(path)
+            (images if may_be_image(name, at_top=folder == data_dir) else others).append(path)
     return Source(data_dir, tuple(sorted(images)), tuple(sorted(others)))
 
 

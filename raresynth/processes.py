@@ -1,0 +1,54 @@
+"""The processes of a run: one run a folder, none that outlives its parent, threads within limits."""
+
+import fcntl
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from raresynth.errors import RaresynthError
+
+
+def prepare_worker(parent: int) -> None:
+    """What a process of a pool does first."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent says what is to be said
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """End this process when the process `parent` ends, also where that is killed."""
+
+    def watch() -> None:
+        # Not os.kill(parent, 0): a killed process that nobody has waited for yet still takes signals.
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(parent)], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def only_run_of(store: Path) -> Iterator[None]:
+    """Within the block no other process works in this run's folder.
+
+    Raises:
+        RaresynthError: another one does.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with (store / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
+        yield
+
+
+def limit_threads(n: int) -> None:
+    """Keep a task to its threads; to be called before numerical libraries are loaded."""
+    os.environ["OMP_NUM_THREADS"] = str(n)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(n)
