@@ -65,4 +65,4 @@ def _cost(log: Path) -> list[str]:
         return []
     minutes, seconds = divmod(round(sum(stage["seconds"] for stage in stages.values())), 60)
     peak = max(stage["peak_memory_mb"] for stage in stages.values())
-    return [f"- the stages took {minutes} min {seconds:02d} s, at most {peak:,} MB of memory each"]
+    return [f"- all tasks took {minutes} min {seconds:02d} s, added up, and at most {peak:,} MB of memory each"]
