@@ -288,7 +288,7 @@ def test_summary_tells_decisions_arms_and_places(tiny_run: flow.Run) -> None:
     assert "- real+synthetic: skipped, " in text
     for place in ("report.html", "decisions.json", "bundle"):
         assert str(tiny_run.store / place) in text
-    assert re.search(r"the stages took \d+ min \d\d s", text)
+    assert re.search(r"all tasks took \d+ min \d\d s", text)
     assert 8 <= len(text.splitlines()) <= 25
 
 
@@ -306,7 +306,7 @@ def test_summary_gives_the_limit_that_was_missed(tiny_run: flow.Run, tmp_path: P
     text = summarize(tmp_path)
     assert "- rare rejected: coverage ratio 0.1" in text
     assert "- rarer accepted: FD ratio 0.1" in text
-    assert "the stages took" not in text
+    assert "all tasks took" not in text
 
 
 def test_summary_of_an_unfinished_run_is_a_sentence(tmp_path: Path) -> None:
