@@ -3,13 +3,12 @@
     python -m venv ENV && ENV/bin/python -m pip install lightweight-gan
     python -P benchmarks/rival.py --run RUN --data ../shared/ham10000 --python ENV/bin/python --out OUT
 
-RUN is a finished run at 64 x 64, whose train images and encoder are used. Both train alone, with all cores, for
-`--minutes`; raresynth's length is set by its rate. KID is of the whole set, on the test split's reals.
+RUN is a finished run at 64 x 64, whose train images and encoder are used. Both train at the same time, each on one
+thread, for `--minutes`; raresynth's length is set by its rate. KID is of the whole set, on the test split's reals.
 """
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import time
@@ -28,46 +27,53 @@ from raresynth.dataset.images import load_images, resized
 from raresynth.dataset.manifest import read_manifest
 from raresynth.gan.sampling import generate, load_generator
 from raresynth.gan.training import pretrain
+from raresynth.lineage import write_json
 from raresynth.quality.distances import kernel_distance
 from raresynth.quality.encoder import Encoder
 from raresynth.quality.judge import ValJudge
 from raresynth.quality.reals import Reals, group_numbers
 
 SAMPLES = 1000
-THREADS = os.cpu_count() or 1
 SHARE_OF_RATE = 0.93
 """Snapshots cost time too: the length is that which this part of the bare step's rate allows."""
 
 
-def train_rival(python: Path, inputs: Inputs, out: Path, minutes: float) -> dict[str, Any]:
-    images = out / "images"
-    if not images.exists():
-        manifest = read_manifest(inputs.manifest)
-        train = manifest[manifest["split"] == "train"]
-        images.mkdir(parents=True)
-        pixels = load_images(train, inputs.data_dir, RESOLUTION, inputs.packed)
-        for image_id, image in zip(train["image_id"], pixels, strict=True):
-            Image.fromarray(image).save(images / f"{image_id}.png")
+def export_images(inputs: Inputs, folder: Path) -> None:
+    """The train split as the rival wants it: a folder of files."""
+    manifest = read_manifest(inputs.manifest)
+    train = manifest[manifest["split"] == "train"]
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = load_images(train, inputs.data_dir, RESOLUTION, inputs.packed)
+    for image_id, image in zip(train["image_id"], pixels, strict=True):
+        Image.fromarray(image).save(folder / f"{image_id}.png")
+
+
+def train_both(python: Path, inputs: Inputs, out: Path, minutes: float) -> dict[str, dict[str, Any]]:
+    """What each reached, by name."""
+    export_images(inputs, out / "images")
     child = Path(__file__).with_name("rival_child.py")
-    options = ["--minutes", minutes, "--threads", THREADS, "--samples", SAMPLES]
-    command = [python, "-P", child, images, out / "rival.npy", *options]
-    done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    command = [python, "-P", child, out / "images", out / "rival.npy", "--minutes", minutes, "--samples", SAMPLES]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True) as rival:
+        ours = train_ours(inputs, out, minutes)
+        printed, _ = rival.communicate()
+    if rival.returncode:
+        raise SystemExit(f"lightweight-gan ended with exit status {rival.returncode}")
+    return {"raresynth": ours, "lightweight-gan": json.loads(printed.splitlines()[-1])}
 
 
 def train_ours(inputs: Inputs, out: Path, minutes: float) -> dict[str, Any]:
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     config = GanConfig(resolution=RESOLUTION, ema_half_life_kimg=5.0)
     rate = images_per_s(config, "cpu", finetuning=False, seconds=20.0)
-    config = config.model_copy(update={"pretrain_kimg": SHARE_OF_RATE * rate * minutes * 60 / 1000})
+    config = config.model_copy(update={"pretrain_kimg": round(SHARE_OF_RATE * rate * minutes * 60 / 1000)})
     judge = ValJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
     started = time.monotonic()
     report = pretrain(inputs.data_dir, inputs.manifest, out / "ours", config, 0, "cpu", inputs.packed, 60.0, judge)
+    seconds = time.monotonic() - started
     return {
-        "images_per_s": rate,
+        "images_per_s": 1000 * report.kimg / seconds,
         "kimg": report.kimg,
-        "minutes": (time.monotonic() - started) / 60,
+        "minutes": seconds / 60,
         "parameters_m": parameters(config),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
@@ -82,16 +88,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     args = parser.parse_args()
     inputs = Inputs(args.run, args.data)
-    results = {}
-    for name, train in (
-        ("raresynth", lambda: train_ours(inputs, args.out, args.minutes)),
-        ("lightweight-gan", lambda: train_rival(args.python, inputs, args.out, args.minutes)),
-    ):
-        kept = args.out / f"{name}.json"
-        if not kept.exists():
-            args.out.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(train()))
-        results[name] = json.loads(kept.read_text())
+    kept = args.out / "results.json"
+    if not kept.exists():
+        write_json(kept, train_both(args.python, inputs, args.out, args.minutes))
+    results = json.loads(kept.read_text())
 
     encoder, manifest = Encoder.load(inputs.encoder), read_manifest(inputs.manifest)
     test = manifest[manifest["split"] == "test"]
@@ -103,7 +103,7 @@ def main() -> None:
     ]
     images = {"raresynth": np.concatenate(ours), "lightweight-gan": np.load(args.out / "rival.npy")}
     features = {name: encoder.features(resized(each, encoder.resolution)) for name, each in images.items()}
-    print(f"{THREADS} threads, torch {torch.__version__}, {RESOLUTION} x {RESOLUTION}, KID of the {WHOLE} on test\n")
+    print(f"one thread each, torch {torch.__version__}, {RESOLUTION} x {RESOLUTION}, KID of the {WHOLE} on test\n")
     print(
         "| | images/s | parameters G + D, M | peak memory, MB | minutes | kimg | KID |\n|---|---|---|---|---|---|---|"
     )

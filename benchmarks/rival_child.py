@@ -49,10 +49,9 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--samples", type=int, required=True)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     run = trainer(args.images)
     for _ in range(WARM_UP_STEPS):
