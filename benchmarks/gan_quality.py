@@ -146,18 +146,18 @@ def main() -> None:
 
 def print_runs(series: Series, seeds: list[int]) -> None:
     """Parameters, time, memory and collapses of each preset, over all its trainings."""
-    print("| preset | parameters G + D, M | kimg a run | minutes a run | peak memory, MB | NaNs |")
+    print("| preset | parameters G + D, M | kimg a run | CPU minutes a run, median | peak memory, MB | NaNs |")
     print("|---|---|---|---|---|---|")
     for preset in PRESETS:
-        places = [series.place(preset, seed, label) for seed in seeds for label in ("universal", *series.labels)]
-        reports = [json.loads((place / "report.json").read_text()) for place in places]
-        times = [json.loads((place / "time.json").read_text()) for place in places]
+        runs = [[series.place(preset, seed, label) for label in ("universal", *series.labels)] for seed in seeds]
+        reports = [json.loads((place / "report.json").read_text()) for places in runs for place in places]
+        times = [[json.loads((place / "time.json").read_text()) for place in places] for places in runs]
+        minutes = np.median([sum(t["seconds"] for t in of_run) / 60 for of_run in times])
         nans = sum(report["status"] == "collapsed" for report in reports) + sum(len(r["rollbacks"]) for r in reports)
         size = f"{reports[0]['generator_parameters'] / 1e6:.2f} + {reports[0]['discriminator_parameters'] / 1e6:.2f}"
         print(
             f"| {preset} | {size} | {sum(r['kimg'] for r in reports) / len(seeds):.0f} "
-            f"| {sum(t['seconds'] for t in times) / 60 / len(seeds):.0f} "
-            f"| {max(t['peak_memory_mb'] for t in times):,} | {nans} |"
+            f"| {minutes:.0f} | {max(t['peak_memory_mb'] for of_run in times for t in of_run):,} | {nans} |"
         )
     print()
 

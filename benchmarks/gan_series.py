@@ -82,13 +82,13 @@ def train(inputs: Inputs, out: Path, preset: str, knobs: dict[str, Any], seed: i
         place = out / ("universal" if label is None else label)
         if (place / "report.json").exists():
             continue
-        started = time.monotonic()
+        started = time.process_time()
         if label is None:
             pretrain(inputs.data_dir, inputs.manifest, place, *common)
         else:
             finetune(inputs.data_dir, inputs.manifest, out / "universal", label, place, *common)
-        # Of an interrupted training this is the time of its last part alone; gan_step.py measures throughput.
-        seconds, peak_kb = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # One thread's own time; of an interrupted training it is that of the last part alone.
+        seconds, peak_kb = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_json(place / "time.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(peak_kb / 1024)})
 
 
