@@ -12,6 +12,7 @@ from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, CheckpointError, DataError, ParamsError, RaresynthError, describe
 from raresynth.processes import only_run_of
 
+EXIT_BROKEN = 1
 EXIT_USER_ERROR = 2
 
 _HELP = {
@@ -94,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--truncation", type=float, help="spread of the latents (default: as the gate judged it)")
     generate.add_argument("--out", type=Path, required=True, help="new folder for the images and their manifest")
     generate.set_defaults(command=_generate)
+
+    audit = commands.add_parser("audit", help="walk from a bundle, a batch or an image back to the raw images")
+    audit.add_argument("--bundle", type=Path, help="the bundle that is audited, or that made the batch or image")
+    audit.add_argument("--batch", type=Path, help="folder of synthetic images that is audited with its bundle")
+    audit.add_argument("--image", type=Path, help="say what is known of this file instead")
+    source = audit.add_mutually_exclusive_group()
+    source.add_argument("--data", type=Path, help="folder of the raw images")
+    source.add_argument("--repo", help="git repository, URL or folder, whose images DVC keeps")
+    audit.add_argument("--json", action="store_true", help="print JSON")
+    audit.set_defaults(command=_audit)
     return parser
 
 
@@ -193,6 +204,24 @@ def _generate(arguments: argparse.Namespace) -> None:
     a = arguments
     generate_folder(a.bundle, a.label, a.n, a.seed, a.truncation, a.out)
     print(f"{a.n} synthetic images of {a.label} -> {a.out}")
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from raresynth.audit.walk import Subject, audit
+
+    a = arguments
+    link = audit(Subject(a.bundle, a.batch, a.image, a.data, a.repo))
+    if arguments.json:
+        print(json.dumps(link.as_json(), indent=2))
+    else:
+        Console(soft_wrap=True).print(link.as_tree())
+    broken = link.broken()
+    for name, check in broken:
+        print(f"raresynth: broken: {name}: {check.what}: {check.detail}", file=sys.stderr)
+    if broken:
+        raise SystemExit(EXIT_BROKEN)
 
 
 if __name__ == "__main__":

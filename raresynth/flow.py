@@ -55,9 +55,15 @@ class Record(lineage.Report):
     stage: str
     item: str
     key: str
-    """SHA-256 of inputs, params and code."""
+    """SHA-256 of all that the result depends on: see `key_of`."""
     inputs: dict[str, str]
     """Upstream `stage/item` -> SHA-256 of what it left."""
+    source: str
+    """`.dir` hash of the image folder, where the stage reads it as a whole; else empty."""
+    weights: dict[str, str]
+    """Params section -> SHA-256 of the weights file that it names."""
+    code: str
+    """SHA-256 of the library's files that the result depends on."""
     status: Literal["done", "failed", "skipped"]
     reason: str = ""
     output: str
@@ -335,6 +341,13 @@ def _package(task: Task) -> Outcome:
             },
             decisions=run.store / "decisions.json",
             packed_dir=run.packed,
+            quality_dirs={
+                label: task.path("measure", label)
+                for label, record in task.needs["measure"].items()
+                if record.status == "done"
+            },
+            evaluation_dir=task.path("evaluate"),
+            records=[record.model_dump(mode="json") for record in records_before("package", run)],
             parents={
                 f"{stage}/{item}": record.digest
                 for stage, records in task.needs.items()
@@ -520,6 +533,12 @@ def items(run: Run, each: Literal["label", "arm"] | None) -> list[str]:
     return [ALL]
 
 
+def records_before(stage: str, run: Run) -> list[Record]:
+    """The records of all stages that come before one, in the flow's order."""
+    before = list(STAGES)[: list(STAGES).index(stage)]
+    return [read_record(run.store, name, item) for name in before for item in items(run, STAGES[name].each)]
+
+
 def record_path(store: Path, stage: str, item: str = ALL) -> Path:
     """Where the record of a finished stage lies."""
     folder = store / "stages"
@@ -539,10 +558,10 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     spec = STAGES[stage]
     needs = _upstream(spec, run, item, given or {})
     inputs = {f"{name}/{of}": record.digest for name, records in needs.items() for of, record in records.items()}
-    params = run.params.model_dump(mode="json", include=set(spec.sections))
     source = lineage.dvc_dir_md5(run.data_dir) if not spec.needs else ""
-    files = _named_files(run.params, spec.sections)
-    key = lineage.sha256_json([stage, item, inputs, source, params, files, lineage.code_hash(*spec.code)])
+    weights = _named_files(run.params, spec.sections)
+    code = lineage.code_hash(*spec.code)
+    key = key_of(stage, item, inputs, source, run.params, weights, code)
     path = record_path(run.store, stage, item)
     finished = _finished(path, key, run.store)
     if finished is not None:
@@ -560,6 +579,9 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
         item=item,
         key=key,
         inputs=inputs,
+        source=source,
+        weights=weights,
+        code=code,
         status=status,
         reason=reason,
         output=place,
@@ -567,6 +589,20 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     )
     lineage.write_report(path, record)
     return record
+
+
+def key_of(
+    stage: str,
+    item: str,
+    inputs: Mapping[str, str],
+    source: str,
+    params: Params,
+    weights: Mapping[str, str],
+    code: str,
+) -> str:
+    """SHA-256 of all that a stage's result depends on; arguments as in `Record`."""
+    sections = params.model_dump(mode="json", include=set(STAGES[stage].sections))
+    return lineage.sha256_json([stage, item, dict(inputs), source, sections, dict(weights), code])
 
 
 def execute_all(stage: str, run: Run) -> list[Record]:

@@ -1,5 +1,6 @@
 """Data and a finished run that several test files share."""
 
+import json
 import os
 
 # Read when numpy and torch are loaded, here and in the processes that tests start. On networks this small a second
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from raresynth import flow
+from raresynth import flow, lineage
 from raresynth.config import DatasetConfig, EncoderConfig, Params
 from raresynth.dataset.importers import build_manifest
 from raresynth.dataset.manifest import write_manifest
@@ -79,6 +80,45 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> flow.
     for stage in flow.STAGES:
         flow.execute_all(stage, run)
     return run
+
+
+@pytest.fixture(scope="session")
+def accepted_bundle(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run's bundle, made anew as if one class had been accepted: its generator has learned too little."""
+    from raresynth.bundle.package import Sources, package
+
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    decisions = json.loads((tiny_run.store / "decisions.json").read_text())
+    decisions["classes"] = {
+        label: {
+            **entry,
+            "decision": "accepted" if label == "vascular" else "rejected",
+            "reasons": ["made so by a test"],
+        }
+        for label, entry in decisions["classes"].items()
+    }
+    path = out.with_name("decisions.json")
+    lineage.write_json(path, decisions)
+
+    def folder(stage: str, item: str = flow.ALL) -> Path:
+        return tiny_run.store / flow.read_record(tiny_run.store, stage, item).output
+
+    sources = Sources(
+        data_dir=tiny_run.data_dir,
+        manifest=folder("validate") / "manifest.csv",
+        validation_dir=folder("validate"),
+        encoder_dir=folder("train-encoder"),
+        generator_dirs={label: folder("finetune", label) for label in decisions["classes"]},
+        classifier_dirs={decisions["release"]["arm"]: folder("train-classifier", decisions["release"]["arm"])},
+        decisions=path,
+        packed_dir=tiny_run.packed,
+        quality_dirs={label: folder("measure", label) for label in decisions["classes"]},
+        evaluation_dir=folder("evaluate"),
+        records=[],
+        parents={},
+    )
+    package(sources, out, tiny_run.params)
+    return out
 
 
 @pytest.fixture(scope="session")

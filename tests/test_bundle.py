@@ -17,7 +17,6 @@ from PIL import Image
 from raresynth import flow, lineage
 from raresynth.bundle.contents import open_bundle
 from raresynth.bundle.onnx_export import TOLERANCE
-from raresynth.bundle.package import Sources, package
 from raresynth.bundle.predictor import Predictor, predict_folder
 from raresynth.bundle.sampler import Sampler, generate_folder
 from raresynth.classifier.network import WithFeatureMap, load
@@ -29,34 +28,9 @@ from raresynth.gan.sampling import load_generator
 LABEL = "vascular"
 
 
-@pytest.fixture(scope="session")
-def bundle(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run's bundle, made anew as if one class had been accepted: its generator has learned too little."""
-    out = tmp_path_factory.mktemp("bundle") / "bundle"
-    decisions = json.loads((tiny_run.store / "decisions.json").read_text())
-    decisions["classes"] = {
-        label: {**entry, "decision": "accepted" if label == LABEL else "rejected", "reasons": ["made so by a test"]}
-        for label, entry in decisions["classes"].items()
-    }
-    path = out.with_name("decisions.json")
-    lineage.write_json(path, decisions)
-
-    def folder(stage: str, item: str = flow.ALL) -> Path:
-        return tiny_run.store / flow.read_record(tiny_run.store, stage, item).output
-
-    sources = Sources(
-        data_dir=tiny_run.data_dir,
-        manifest=folder("validate") / "manifest.csv",
-        validation_dir=folder("validate"),
-        encoder_dir=folder("train-encoder"),
-        generator_dirs={label: folder("finetune", label) for label in decisions["classes"]},
-        classifier_dirs={decisions["release"]["arm"]: folder("train-classifier", decisions["release"]["arm"])},
-        decisions=path,
-        packed_dir=tiny_run.packed,
-        parents={},
-    )
-    package(sources, out, tiny_run.params)
-    return out
+@pytest.fixture
+def bundle(accepted_bundle: Path) -> Path:
+    return accepted_bundle
 
 
 @pytest.fixture
@@ -170,7 +144,10 @@ def test_a_flipped_bit_is_named(bundle: Path, tmp_path: Path, name: str) -> None
 
 def test_bundle_accounts_for_itself(bundle: Path, tiny_run: flow.Run) -> None:
     content = open_bundle(bundle)
-    on_disk = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()} - {"bundle.json"}
+    on_disk = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()} - {
+        "bundle.json",
+        "bundle.sha256",
+    }
     assert set(content.files) == on_disk
     assert content.lineage.data_md5 == lineage.dvc_dir_md5(tiny_run.data_dir)
     assert content.lineage.params == tiny_run.params.model_dump(mode="json")

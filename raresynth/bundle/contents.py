@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raresynth.errors import CheckpointError
-from raresynth.lineage import Report, read_report, sha256_file
+from raresynth.lineage import Report, read_report, sha256_file, write_report, write_text
+
+DIGEST = "bundle.sha256"
+"""File with bundle.json's SHA-256, as `sha256sum -c` reads it."""
 
 
 class Classifier(Report):
@@ -64,7 +67,7 @@ class Bundle(Report):
     """The run's decisions.json."""
     lineage: Lineage
     files: dict[str, str]
-    """File, relative to the bundle -> SHA-256; all files but bundle.json."""
+    """File, relative to the bundle -> SHA-256; all files but bundle.json and bundle.sha256."""
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -77,10 +80,32 @@ def open_bundle(folder: Path) -> Bundle:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no bundle (it has no bundle.json); name the folder bundle/ of a run")
     bundle = read_report(path, Bundle)
+    check_digest(folder)
     for name, digest in bundle.files.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != digest:
             raise CheckpointError(f"{folder / name} is missing or was changed; run the stage package again")
     return bundle
+
+
+def check_digest(folder: Path) -> None:
+    """Check bundle.json against bundle.sha256.
+
+    Raises:
+        CheckpointError: one of them is missing or was changed.
+    """
+    path, digest = folder / "bundle.json", folder / DIGEST
+    if not path.is_file() or not digest.is_file() or digest.read_bytes() != _digest(path):
+        raise CheckpointError(f"{path} or {DIGEST} beside it is missing or was changed; run the stage package again")
+
+
+def write_bundle_json(folder: Path, bundle: Bundle) -> None:
+    """Write bundle.json and, beside it, its SHA-256."""
+    write_report(folder / "bundle.json", bundle)
+    write_text(folder / DIGEST, _digest(folder / "bundle.json").decode())
+
+
+def _digest(path: Path) -> bytes:
+    return f"{sha256_file(path)}  {path.name}\n".encode()
 
 
 def read_reference(folder: Path) -> dict[str, Any]:

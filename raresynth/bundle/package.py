@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from raresynth import lineage
-from raresynth.bundle.contents import Bundle, Classifier, Generator, Lineage
+from raresynth.bundle.contents import DIGEST, Bundle, Classifier, Generator, Lineage, write_bundle_json
 from raresynth.bundle.onnx_export import export_onnx
 from raresynth.bundle.predictor import Predictor
 from raresynth.bundle.reference import build_reference
@@ -31,6 +31,8 @@ class Sources:
         generator_dirs: label -> checkpoint of its generator, accepted or not.
         classifier_dirs: arm -> checkpoint.
         decisions: the run's decisions.json.
+        quality_dirs: label -> what measure left.
+        records: of every stage so far, as JSON values.
         parents: stage and item -> SHA-256 of what it left.
     """
 
@@ -42,6 +44,9 @@ class Sources:
     classifier_dirs: Mapping[str, Path]
     decisions: Path
     packed_dir: Path
+    quality_dirs: Mapping[str, Path]
+    evaluation_dir: Path
+    records: Sequence[Mapping[str, Any]]
     parents: Mapping[str, str]
 
 
@@ -70,11 +75,25 @@ def package(sources: Sources, out_dir: Path, params: Params) -> Bundle:
             lineage=_lineage(sources, params),
             files=_hashes(folder),
         )
-        lineage.write_report(folder / "bundle.json", bundle)
+        write_bundle_json(folder, bundle)
         lineage.write_json(folder / "reference.json", _reference(sources, folder, classifier.resolution))
+        _add_lineage(sources, folder / "lineage")
         bundle = bundle.model_copy(update={"files": _hashes(folder)})
-        lineage.write_report(folder / "bundle.json", bundle)
+        write_bundle_json(folder, bundle)
     return bundle
+
+
+def _add_lineage(sources: Sources, folder: Path) -> None:
+    """What an auditor needs once the run's folder is gone; of images only hashes, since paths may name patients."""
+    lineage.write_json(folder / "records.json", list(sources.records))
+    images = read_manifest(sources.manifest)[["sha256", "label", "split"]].sort_values("sha256")
+    lineage.write_text(folder / "images.csv", images.to_csv(index=False, lineterminator="\n"))
+    reports = {"validation": sources.validation_dir, "evaluation": sources.evaluation_dir}
+    reports |= {f"quality/{label}": quality for label, quality in sources.quality_dirs.items()}
+    for name, source in reports.items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / "report.json", path)
 
 
 def _add_generator(source: Path, folder: Path, truncation: float) -> Generator:
@@ -141,7 +160,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): lineage.sha256_file(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "bundle.json"
+        if path.is_file() and path.name not in {"bundle.json", DIGEST}
     }
 
 

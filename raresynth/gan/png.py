@@ -38,3 +38,14 @@ def encode_png(pixels: Pixels, provenance: Provenance) -> bytes:
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", pnginfo=text, compress_level=1)
     return buffer.getvalue()
+
+
+def read_provenance(image: Image.Image) -> Provenance | None:
+    """What `encode_png` wrote into an image; None where there is nothing, or nothing that makes sense."""
+    text = image.info
+    try:
+        return Provenance(
+            text["generator"], text["label"], int(text["seed"]), int(text["index"]), float(text["truncation"])
+        )
+    except (KeyError, TypeError, ValueError):
+        return None

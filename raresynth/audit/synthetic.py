@@ -1,0 +1,104 @@
+"""Synthetic images: what is written in them, and whether the generator that they name makes them again."""
+
+import hashlib
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from raresynth.audit.findings import Link
+from raresynth.bundle.contents import open_bundle
+from raresynth.bundle.sampler import Sampler
+from raresynth.dataset.images import Pixels
+from raresynth.dataset.manifest import read_synthetic
+from raresynth.errors import CheckpointError
+from raresynth.gan.latents import CHUNK
+from raresynth.gan.png import Provenance, read_provenance
+
+ROUNDING = 1
+"""Levels of 255 by which a pixel may differ: a run's images were drawn by torch, a bundle's by onnxruntime."""
+
+
+class Generators:
+    """The generators of a bundle, to make images again."""
+
+    def __init__(self, bundle: Path) -> None:
+        """Open a bundle.
+
+        Raises:
+            CheckpointError: this is no bundle, or it was changed.
+        """
+        self._folder, self._bundle = bundle, open_bundle(bundle)
+        self._sampler = lru_cache(lambda label: Sampler(bundle, label, self._bundle))
+        self._chunk = lru_cache(maxsize=1)(self._draw_chunk)
+
+    def check(self, link: Link, what: str, said: Provenance, content: bytes) -> None:
+        """Note whether an image is the one that its provenance says."""
+        try:
+            generator = self._sampler(said.label).generator.weights_sha256
+        except CheckpointError as error:
+            link.check(what, False, str(error))
+            return
+        if generator != said.generator:
+            link.check(what, False, f"the bundle's generator of {said.label} is {generator}")
+            return
+        again = self._chunk(said.label, said.seed, said.index - said.index % CHUNK, said.truncation)[said.index % CHUNK]
+        pixels = decode(content)
+        same = pixels.shape == again.shape and np.abs(pixels.astype(int) - again.astype(int)).max() <= ROUNDING
+        link.check(what, bool(same), f"the generator makes another image of seed {said.seed}, index {said.index}")
+
+    def _draw_chunk(self, label: str, seed: int, first: int, truncation: float) -> Pixels:
+        pixels: Pixels = self._sampler(label).generate(seed, first, CHUNK, truncation)
+        return pixels
+
+
+def audit_batch(folder: Path, bundle: Path) -> Link:
+    """Check a folder of synthetic images beside a manifest.csv, as `generate` and `synthesize` leave it.
+
+    Raises:
+        DataError: the folder has no manifest.
+        CheckpointError: `bundle` is no bundle, or was changed.
+    """
+    link, generators = Link(f"synthetic images {folder}"), Generators(bundle)
+    table = read_synthetic(folder / "manifest.csv", "generate")
+    # synthesize names its files from the folder above, where all classes lie side by side.
+    root = folder if all((folder / path).exists() for path in table["path"][:1]) else folder.parent
+    for row in table.to_dict("records"):
+        name, path = str(row["path"]), root / str(row["path"])
+        said = Provenance(row["generator"], row["label"], int(row["seed"]), int(row["index"]), float(row["truncation"]))
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != row["sha256"]:
+            link.check(name, False, "was changed" if content else "is missing")
+        elif provenance(content) != said:
+            link.check(name, False, "says another origin than manifest.csv does")
+        else:
+            generators.check(link, name, said, content)
+    listed = {(root / path).resolve() for path in table["path"]}
+    for path in sorted(path for path in folder.rglob("*.png") if path.resolve() not in listed):
+        link.check(path.relative_to(folder).as_posix(), False, "is not in manifest.csv")
+    return _summed_up(link, len(table))
+
+
+def provenance(content: bytes) -> Provenance | None:
+    """What is written in a PNG file; None where nothing is, or it is no image."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return read_provenance(image)
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        return None
+
+
+def decode(content: bytes) -> Pixels:
+    """Pixels of an image that has a provenance."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _summed_up(link: Link, n: int) -> Link:
+    """The checks that failed, and one line for those that did not: there may be thousands."""
+    link.checks = [check for check in link.checks if check.status == "broken"]
+    what = f"{n} images are as manifest.csv has them, and the bundle's generators make them again"
+    link.check(what, not link.checks, f"{len(link.checks)} are not")
+    return link

@@ -1,0 +1,245 @@
+"""From a bundle back to the raw images: everything that was changed on the way is found and named."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raresynth import cli, flow
+from raresynth.audit.findings import Link
+from raresynth.audit.walk import Subject, audit
+from raresynth.bundle.contents import Bundle, write_bundle_json
+from raresynth.errors import DataError, ParamsError
+from raresynth.gan.png import Provenance, encode_png
+from raresynth.lineage import read_report, sha256_file
+
+
+@pytest.fixture
+def bundle(tiny_run: flow.Run, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run.store / "bundle", tmp_path / "bundle"))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def rewrite(bundle: Path, change: Callable[[dict], None], file: str = "bundle.json") -> None:
+    """Change a file as somebody would who knows how bundles are written: all hashes in the bundle fit afterwards."""
+    content = json.loads((bundle / file).read_text())
+    change(content)
+    (bundle / file).write_text(json.dumps(content))
+    described = read_report(bundle / "bundle.json", Bundle)
+    files = {name: sha256_file(bundle / name) for name in described.files}
+    write_bundle_json(bundle, described.model_copy(update={"files": files}))
+
+
+def complaints(link: Link) -> str:
+    return "\n".join(f"{name}: {check.what}: {check.detail}" for name, check in link.broken())
+
+
+def names(link: Link) -> list[str]:
+    return [link.name, *(name for below in link.made_from for name in names(below))]
+
+
+def test_an_honest_bundle_is_whole(bundle: Path, tiny_run: flow.Run) -> None:
+    link = audit(Subject(bundle, data=tiny_run.data_dir))
+    assert link.broken() == []
+    said = "\n".join(names(link))
+    for stage in ("build-manifest/all: done", "pretrain/all", "gate/all", "finetune/vascular", "data version "):
+        assert stage in said
+    again = [check.what for check in _images(link).checks if check.status == "ok"]
+    assert "validate runs again" in again
+    assert any(what.startswith("build-manifest leaves the same") for what in again)
+
+
+def _images(link: Link) -> Link:
+    (stages,) = (below for below in link.made_from if below.name.endswith("finished stages"))
+    return stages.made_from[-1]
+
+
+def test_a_flipped_bit_in_any_file_is_found_and_named(bundle: Path, tmp_path: Path) -> None:
+    files = [path.relative_to(bundle) for path in sorted(bundle.rglob("*")) if path.is_file()]
+    assert len(files) > 8
+    for file in files:
+        changed = Path(shutil.copytree(bundle, tmp_path / "changed"))
+        flip_a_bit(changed / file)
+        assert file.name in complaints(audit(Subject(changed))), file
+        shutil.rmtree(changed)
+
+
+def test_a_file_too_many_or_too_few_is_named(bundle: Path) -> None:
+    (bundle / "lineage" / "evaluation.json").unlink()
+    (bundle / "added.txt").write_text("?")
+    said = complaints(audit(Subject(bundle)))
+    assert "lineage/evaluation.json: is missing" in said
+    assert "added.txt: is not named" in said
+
+
+def test_a_forged_decision_is_found(bundle: Path) -> None:
+    def accept(content: dict) -> None:
+        content["decisions"]["classes"]["vascular"]["decision"] = "accepted"
+
+    before = json.loads((bundle / "bundle.json").read_text())["decisions"]["classes"]["vascular"]["decision"]
+    assert before != "accepted"
+    rewrite(bundle, accept)
+    said = complaints(audit(Subject(bundle)))
+    assert f"vascular: accepted: its figures say {before}" in said
+    assert "its generators are the accepted ones: they are others" in said
+
+
+def test_forged_figures_are_found(bundle: Path) -> None:
+    rewrite(bundle, lambda report: report["kid"].update(value=0.0), "lineage/quality/vascular.json")
+    assert "figures are those that measure/vascular left" in complaints(audit(Subject(bundle)))
+
+
+def test_a_forged_release_is_found(bundle: Path) -> None:
+    rewrite(bundle, lambda content: content["decisions"]["release"].update(decision="approved"))
+    assert "evaluate said otherwise" in complaints(audit(Subject(bundle)))
+
+
+def test_other_params_are_found(bundle: Path) -> None:
+    rewrite(bundle, lambda content: content["lineage"]["params"]["gan"].update(pretrain_kimg=1000.0))
+    assert "pretrain/all: done: inputs, params and code are those of its key" in complaints(audit(Subject(bundle)))
+
+
+def test_a_changed_record_is_found(bundle: Path) -> None:
+    def change(records: list) -> None:
+        (record,) = (record for record in records if record["stage"] == "pretrain")
+        record["files"] = dict.fromkeys(record["files"], "0" * 64)
+
+    rewrite(bundle, change, "lineage/records.json")
+    assert "finetune/vascular: done: read pretrain/all" in complaints(audit(Subject(bundle)))
+
+
+def test_a_changed_raw_image_is_found_and_named(bundle: Path, tiny_run: flow.Run, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(tiny_run.data_dir, tmp_path / "data"))
+    image = next(path for path in sorted(data.rglob("*.jpg")) if path.stat().st_size > 1000 and "020" in path.name)
+    digest = sha256_file(image)
+    flip_a_bit(image)
+    said = complaints(audit(Subject(bundle, data=data)))
+    assert "raw images have this hash" in said
+    assert f"image {digest}" in said
+    assert image.name in said
+
+
+def test_what_is_known_of_an_image(bundle: Path, tiny_run: flow.Run, tmp_path: Path) -> None:
+    image = sorted(tiny_run.data_dir.rglob("skin-020.jpg"))[0]
+    said = [check.detail for check in audit(Subject(bundle, image=image, data=tiny_run.data_dir)).checks]
+    assert "holds it as" in said[0]
+    assert " image of nevus" in said[1]
+    assert "none is written in it" in said[2]
+    other = tmp_path / "other.png"
+    Image.new("RGB", (40, 40)).save(other)
+    said = [check.detail for check in audit(Subject(bundle, image=other, data=tiny_run.data_dir)).checks]
+    assert said[0] == "does not hold it"
+    assert "not among the images" in said[1]
+
+
+def test_a_synthetic_image_is_made_again(tiny_run: flow.Run, accepted_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "drawn"
+    arguments = ["--label", "vascular", "--n", "9", "--seed", "3", "--out", str(out)]
+    assert cli.main(["generate", "--bundle", str(accepted_bundle), *arguments]) == 0
+    link = audit(Subject(accepted_bundle, image=out / "000008.png"))
+    assert link.broken() == []
+    (made,) = link.made_from
+    assert "vascular, seed 3, index 8" in made.name
+    assert [check.status for check in made.checks] == ["ok"]
+
+    forged = out / "forged.png"
+    with Image.open(out / "000008.png") as image:
+        provenance = Provenance(image.info["generator"], "vascular", 3, 7)
+        forged.write_bytes(encode_png(np.asarray(image), provenance))
+    said = complaints(audit(Subject(accepted_bundle, image=forged)))
+    assert "the generator makes another image of seed 3, index 7" in said
+
+
+def test_a_batch_is_made_again(accepted_bundle: Path, tiny_run: flow.Run, tmp_path: Path) -> None:
+    out = tmp_path / "drawn"
+    arguments = ["--label", "vascular", "--n", "20", "--seed", "5", "--out", str(out)]
+    assert cli.main(["generate", "--bundle", str(accepted_bundle), *arguments]) == 0
+    for batch in (out, tiny_run.store / "synthetic" / "vascular"):
+        link = audit(Subject(accepted_bundle, batch=batch))
+        assert [check for name, check in link.broken() if name == link.name] == []
+        assert link.made_from[0].name.startswith("bundle")
+    flip_a_bit(out / "000003.png")
+    shutil.copyfile(out / "000004.png", out / "copy.png")
+    shutil.copyfile(out / "000006.png", out / "000005.png")
+    table = (out / "manifest.csv").read_text().splitlines()
+    table[6] = table[6].replace(table[6].split(",")[7], sha256_file(out / "000005.png"))
+    (out / "manifest.csv").write_text("\n".join(table) + "\n")
+    said = complaints(audit(Subject(accepted_bundle, batch=out)))
+    assert "000003.png: was changed" in said
+    assert "000005.png: says another origin" in said
+    assert "copy.png: is not in manifest.csv" in said
+
+
+def test_a_repository_with_two_versions(bundle: Path, tiny_run: flow.Run, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+
+    def run(*command: str) -> None:
+        subprocess.run(
+            command, cwd=repository, check=True, capture_output=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"}
+        )
+
+    def dvc(*arguments: str) -> None:
+        run(sys.executable, "-m", "dvc", *arguments)
+
+    def commit(message: str) -> None:
+        dvc("add", "-q", "data")
+        dvc("push", "-q")
+        run("git", "add", ".")
+        run("git", "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", message)
+
+    run("git", "init", "-q")
+    dvc("init", "-q")
+    dvc("remote", "add", "-q", "-d", "local", str(tmp_path / "remote"))
+    shutil.copytree(tiny_run.data_dir, repository / "data")
+    commit("first")
+    Image.new("RGB", (64, 64), "red").save(repository / "data" / "new.png")
+    commit("second")
+
+    link = audit(Subject(bundle, repo=str(repository)))
+    assert link.broken() == []
+    assert any("data since commit" in check.detail for check in link.checks)
+    versions = audit(Subject(image=repository / "data" / "new.png", repo=str(repository))).checks
+    assert [check.detail for check in versions[:2]] == ["does not hold it", "holds it as new.png"]
+
+    (remote,) = (tmp_path / "remote" / "files" / "md5").glob(
+        f"{read_report(bundle / 'bundle.json', Bundle).lineage.data_md5[:2]}/*.dir"
+    )
+    remote.unlink()
+    with pytest.raises(DataError, match="pull"):
+        audit(Subject(bundle, repo=str(repository)))
+
+
+def test_the_command_line(bundle: Path, tiny_run: flow.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["audit", "--bundle", str(bundle), "--data", str(tiny_run.data_dir)]
+    assert cli.main(arguments) == 0
+    assert "data version" in capsys.readouterr().out
+    flip_a_bit(bundle / "reference.json")
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments, "--json"])
+    assert end.value.code == cli.EXIT_BROKEN
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["made_from"]
+    assert "broken: bundle" in printed.err
+    assert "reference.json: was changed" in printed.err
+
+
+def test_what_cannot_be_audited_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="name it with --bundle"):
+        audit(Subject())
+    with pytest.raises(DataError, match="does not exist"):
+        audit(Subject(tmp_path / "none"))
+    with pytest.raises(DataError, match="git repository"):
+        audit(Subject(image=tmp_path / "none.png", repo=str(tmp_path / "nowhere")))
