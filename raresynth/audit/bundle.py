@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -54,7 +54,7 @@ def audit_bundle(folder: Path, data: Path | None) -> Link:
         return root
     _check_models(root, bundle, records)
     _check_decisions(root, folder, bundle, records, params)
-    stages = root.below(f"{len(records)} finished stages")
+    stages = root.below(f"{len(records)} stages, each with the key and the inputs of its record")
     _check_records(stages, bundle, records, params)
     _check_images(stages, folder, bundle, records, params, data)
     return root
@@ -128,19 +128,8 @@ def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records,
     """The class gate is a pure function of reports and limits, so it decides again."""
     below = link.below("decisions")
     for label, entry in bundle.decisions["classes"].items():
-        record = records.get(f"measure/{label}")
-        path = folder / "lineage" / "quality" / f"{label}.json"
-        if record is None or record.status != "done":
-            refused = entry["decision"] != "accepted"
-            below.check(f"{label}: {entry['decision']}", refused, "accepted without having been measured")
-            continue
-        report = _read(below, f"{label}: figures can be read", partial(read_report, path, QualityReport))
-        if report is None:
-            continue
-        same = sha256_file(path) == record.files.get(f"{record.output}/report.json")
-        below.check(f"{label}: figures are those that measure/{label} left", same, "they are others")
-        again = decide([report], params.gate)[label].model_dump(mode="json")
-        below.check(f"{label}: {entry['decision']}", again == entry, f"its figures say {again['decision']}")
+        wrong = _wrong_decision(folder, label, entry, records, params)
+        below.check(f"{label}: {entry['decision']}", not wrong, wrong)
     accepted = {label for label, entry in bundle.decisions["classes"].items() if entry["decision"] == "accepted"}
     below.check("its generators are the accepted ones", accepted == set(bundle.generators), "they are others")
     evaluation, record = folder / "lineage" / "evaluation.json", records.get("evaluate/all")
@@ -151,17 +140,29 @@ def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records,
         below.check(f"release of {release['arm']}", release == bundle.decisions["release"], "evaluate said otherwise")
 
 
+def _wrong_decision(folder: Path, label: str, entry: Mapping[str, Any], records: Records, params: Params) -> str:
+    record = records.get(f"measure/{label}")
+    if record is None or record.status != "done":
+        return "accepted without having been measured" if entry["decision"] == "accepted" else ""
+    path = folder / "lineage" / "quality" / f"{label}.json"
+    if not path.is_file() or sha256_file(path) != record.files.get(f"{record.output}/report.json"):
+        return f"its figures are not those that measure/{label} left"
+    again = decide([read_report(path, QualityReport)], params.gate)[label]
+    return "" if again.model_dump(mode="json") == entry else f"its figures say {again.decision}"
+
+
 def _check_records(link: Link, bundle: Bundle, records: Records, params: Params) -> None:
     """Each record's key, and that it read what the stages before it left."""
     for name, record in records.items():
-        below = link.below(f"{name}: {record.status}{', ' + record.reason if record.reason else ''}")
         key = flow.key_of(record.stage, record.item, record.inputs, record.source, params, record.weights, record.code)
-        below.check("inputs, params and code are those of its key", key == record.key, "they are others")
+        wrong = [] if key == record.key else ["its inputs, params or code are not those of its key"]
         for needed, digest in record.inputs.items():
-            source = records.get(needed)
-            below.check(f"read {needed}", source is not None and source.digest == digest, "which left something else")
+            if needed not in records or records[needed].digest != digest:
+                wrong.append(f"{needed}, which it read, left something else")
+        what = f"{name}: {record.status}{', ' + record.reason if record.reason else ''}"
+        link.check(what, not wrong, "; ".join(wrong))
     parents = {name: record.digest for name, record in records.items() if name in bundle.lineage.parents}
-    link.check("stages are those that the bundle was made from", parents == bundle.lineage.parents, "they are others")
+    link.check("the bundle was made from these", parents == bundle.lineage.parents, "it was made from others")
 
 
 def _check_images(
