@@ -216,7 +216,8 @@ def _audit(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(link.as_json(), indent=2))
     else:
-        Console(soft_wrap=True).print(link.as_tree())
+        # A file or a pipe has no width at which lines would have to be broken.
+        Console(width=None if sys.stdout.isatty() else 1000).print(link.as_tree())
     broken = link.broken()
     for name, check in broken:
         print(f"raresynth: broken: {name}: {check.what}: {check.detail}", file=sys.stderr)
