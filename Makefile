@@ -28,6 +28,7 @@ check: .venv/ready
 
 # New locks after a change of dependencies; needs uv.
 lock:
-	@for extra in train serve cluster; do $(COMPILE) --extra $$extra --output-file requirements/$$extra.txt; done
+	@$(COMPILE) --extra train --extra cluster --output-file requirements/train.txt
+	@$(COMPILE) --extra serve --output-file requirements/serve.txt
 	@$(COMPILE) --all-extras --output-file requirements/dev.txt
 COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate
