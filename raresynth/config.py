@@ -5,7 +5,7 @@ edit; `tests/test_config.py` keeps the two equal. An unknown or out-of-range kno
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Resolution = Literal[32, 64, 128, 256]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kKMGT]i?)?$")]
+"""A Kubernetes quantity, such as 500m or 16Gi."""
 
 
 class Config(BaseModel):
@@ -167,6 +169,8 @@ class BalanceConfig(Config):
     """ratio: this many synthetic images for each real one, for each class below the largest."""
     max_per_class: Count = 0
     """Most synthetic images for one class; 0 sets no limit."""
+    classes: tuple[str, ...] = ()
+    """Only these classes get images; where none is named, each class that the policy asks images for."""
 
 
 class SynthesisConfig(Config):
@@ -261,12 +265,106 @@ class Params(Config):
     release: ReleaseConfig = ReleaseConfig()
 
 
+class Resources(Config):
+    """What one kind of task asks a node for; Kubernetes quantities."""
+
+    cpu: Quantity
+    memory: Quantity
+    shared_memory: Quantity
+    """Size of /dev/shm, which counts as memory."""
+
+
+class Toleration(Config):
+    key: str
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = "NoSchedule"
+
+
+class GpuConfig(Config):
+    """Added to training tasks in the packages for GPU clusters."""
+
+    type: str = "nvidia.com/gpu"
+    count: PositiveCount = 1
+    node_selector: dict[str, str] = {}
+    tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)
+
+
+class ClusterConfig(Config):
+    """Where the pipeline's tasks run. Read when a package is compiled; it changes no result, and no task sees it."""
+
+    image: str = "raresynth-train:0.1.0"
+    """Image of every task."""
+    volume_claim: str = "raresynth-store"
+    """Claim of the volume, shared by all tasks, that holds images, checkpoints and results."""
+    data_secret: str = "raresynth-data"
+    """Kubernetes secret with the credentials of the DVC remote, as environment variables."""
+    git_read_secret: str = "raresynth-git-read"
+    git_write_secret: str = "raresynth-git-write"
+    """Kubernetes secrets with a file .git-credentials; the second is given to the one task that commits."""
+    light: Resources = Resources(cpu="1", memory="4Gi", shared_memory="256Mi")
+    """Tasks that list, check, decide and write."""
+    training: Resources = Resources(cpu="4", memory="16Gi", shared_memory="2Gi")
+    """Tasks that train, synthesise and measure."""
+    gpu: GpuConfig = GpuConfig()
+
+
+class ParamsFile(Params):
+    """A params file as people write it: the knobs of a run, and the cluster that its packages are compiled for."""
+
+    cluster: ClusterConfig = ClusterConfig()
+
+
 def load_params(path: Path) -> Params:
     """Read and check a params file; sections and knobs left out take their defaults.
 
     Raises:
         ParamsError: the file is missing, no YAML, or holds an unknown or impossible knob.
     """
+    return _params_of(_check(_read(path), str(path)))
+
+
+def load_cluster(path: Path) -> ClusterConfig:
+    """Read the section `cluster` of a params file.
+
+    Raises:
+        ParamsError: as of `load_params`.
+    """
+    return _check(_read(path), str(path)).cluster
+
+
+def preset_names() -> list[str]:
+    """The params files that come with the library: `demo` is params.yaml, the others lie in params/."""
+    return ["demo", *sorted(path.stem for path in (_TOP / "params").glob("*.yaml"))]
+
+
+def choose_params(preset: str, overrides: dict[str, Any]) -> Params:
+    """A preset with some knobs changed.
+
+    Args:
+        overrides: section -> knob -> value, as in a params file.
+
+    Raises:
+        ParamsError: there is no such preset, or an override is unknown or impossible.
+    """
+    if preset not in preset_names():
+        raise ParamsError(f"there is no preset {preset!r}; choose from {', '.join(preset_names())}")
+    raw = _read(_TOP / "params.yaml" if preset == "demo" else _TOP / "params" / f"{preset}.yaml")
+    return _params_of(_check(_merge(raw, overrides), f"preset {preset} with its overrides"))
+
+
+_TOP = Path(__file__).parents[1]
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = below | above
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            both[name] = _merge(below[name], above[name])
+    return both
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -275,12 +373,20 @@ def load_params(path: Path) -> Params:
         raise ParamsError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct that line") from error
     if raw is not None and not isinstance(raw, dict):
         raise ParamsError(f"{path} must hold sections such as 'gan:' with knobs below them")
+    return raw or {}
+
+
+def _check(raw: dict[str, Any], where: str) -> ParamsFile:
     try:
-        return Params.model_validate(raw or {})
+        return ParamsFile.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in item['loc']) or 'params'}: {item['msg']}"
             + ("" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})")
             for item in error.errors()
         )
-        raise ParamsError(f"{path}: {problems}; see params.yaml for the knobs and their ranges") from error
+        raise ParamsError(f"{where}: {problems}; see params.yaml for the knobs and their ranges") from error
+
+
+def _params_of(file: ParamsFile) -> Params:
+    return Params(**{name: getattr(file, name) for name in Params.model_fields})

@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raresynth import lineage
 from raresynth.config import Params
-from raresynth.errors import CheckpointError, ParamsError, TooFewImages
+from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages, describe
 from raresynth.processes import limit_threads, prepare_worker
 from raresynth.progress import lines_only
 
@@ -66,6 +67,8 @@ class Record(lineage.Report):
     """SHA-256 of the library's files that the result depends on."""
     status: Literal["done", "failed", "skipped"]
     reason: str = ""
+    retry: bool = False
+    """Whether an error ended it, so that it is tried again when the run is started again."""
     output: str
     """Folder of the result, relative to the run's folder."""
     files: dict[str, str]
@@ -572,8 +575,9 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
         shutil.rmtree(out_dir)
     name = stage if spec.each is None else f"{stage}/{item}"
     with _logged(run, name), lines_only(spec.each is not None and run.params.compute.parallel_tasks > 1):
-        status, reason = _broken_input(stage, needs) or spec.call(Task(run, item, out_dir, key, needs))
-    left = [*(p for p in sorted(out_dir.rglob("*")) if p.is_file()), *(run.store / name for name in spec.extra)]
+        (status, reason), retry = _attempt(stage, Task(run, item, out_dir, key, needs))
+    made = [] if retry else sorted(out_dir.rglob("*"))
+    left = [*(p for p in made if p.is_file()), *(run.store / name for name in spec.extra)]
     record = Record(
         stage=stage,
         item=item,
@@ -584,6 +588,7 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
         code=code,
         status=status,
         reason=reason,
+        retry=retry,
         output=place,
         files={p.relative_to(run.store).as_posix(): lineage.sha256_file(p) for p in left},
     )
@@ -658,7 +663,7 @@ def _finished(path: Path, key: str, store: Path) -> Record | None:
         record = lineage.read_report(path, Record)
     except CheckpointError:
         return None
-    if record.key != key:
+    if record.key != key or record.retry:
         return None
     same = all(
         (store / name).is_file() and lineage.sha256_file(store / name) == digest
@@ -667,12 +672,20 @@ def _finished(path: Path, key: str, store: Path) -> Record | None:
     return record if same else None
 
 
-def _broken_input(stage: str, needs: Mapping[str, Mapping[str, Record]]) -> Outcome | None:
-    """A class whose generator collapsed is carried on as failed; the gate then says why."""
-    if stage not in {"finetune", "synthesize", "measure"}:
-        return None
-    failed = [record for records in needs.values() for record in records.values() if record.status == "failed"]
-    return ("failed", failed[0].reason) if failed else None
+def _attempt(stage: str, task: Task) -> tuple[Outcome, bool]:
+    """What became of a stage, and whether an error ended it: with a class that fails the others go on."""
+    if STAGES[stage].each != "label":
+        return STAGES[stage].call(task), False
+    failed = [record for records in task.needs.values() for record in records.values() if record.status == "failed"]
+    if failed:  # a class whose generator collapsed is carried on as failed; the gate then says why
+        return ("failed", failed[0].reason), failed[0].retry
+    try:
+        return STAGES[stage].call(task), False
+    except Exception as error:
+        if isinstance(error, RaresynthError | OSError):
+            return ("failed", f"{stage}: {describe(error)}"), True
+        traceback.print_exc()
+        return ("failed", f"{stage} ended with {type(error).__name__}: {error}"), True
 
 
 @contextmanager

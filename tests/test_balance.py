@@ -80,3 +80,10 @@ def test_min_share_near_the_impossible_is_solved_too():
     total = 1000 + sum(10 + i for i in range(6)) + sum(asked.values())
     assert all(10 + i + asked[f"r{i}"] >= 0.166 * total for i in range(6))
     assert total < 1000 / (1 - 6 * 0.166) + 6 / (1 - 6 * 0.166)
+
+
+def test_only_the_classes_named_get_images():
+    assert ask({"nv": 100, "mel": 40, "rare": 7}, classes=("rare",)) == {"rare": 93}
+    assert ask({"nv": 100, "mel": 40, "rare": 7}, classes=("nv",)) == {}
+    with pytest.raises(ParamsError, match="no train images of df; choose from mel, nv, rare"):
+        ask({"nv": 100, "mel": 40, "rare": 7}, classes=("df",))

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raresynth.config import Params, load_params
+from raresynth.config import Params, ParamsFile, choose_params, load_cluster, load_params, preset_names
 from raresynth.errors import ParamsError
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_params_file_holds_every_knob_with_its_default() -> None:
-    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == Params().model_dump(mode="json")
+    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == ParamsFile().model_dump(mode="json")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.name)
@@ -39,6 +39,7 @@ def test_the_four_presets_are_there() -> None:
         ("gan: {pretrain_kimg: .inf}", "gan.pretrain_kimg"),
         ("gate: {c_t: .nan}", "gate.c_t"),
         ("seed: 99999999999999999999", "seed"),
+        ("cluster: {training: {memory: plenty}}", "cluster.training.memory"),
     ],
 )
 def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -67,3 +68,29 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("")
     assert load_params(path) == Params()
+
+
+def test_the_cluster_is_read_apart_from_what_changes_results(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("cluster: {image: registry.example/raresynth-train:1}")
+    assert load_cluster(path).image == "registry.example/raresynth-train:1"
+    assert load_params(path) == Params()
+
+
+def test_a_preset_is_taken_with_overrides() -> None:
+    assert preset_names() == ["demo", "ham10000-cpu", "ham10000-gpu", "paper", "smoke"]
+    chosen = choose_params("smoke", {"gan": {"pretrain_kimg": 2}, "balance": {"classes": ["df"]}})
+    smoke = load_params(ROOT / "params" / "smoke.yaml")
+    assert chosen.gan == smoke.gan.model_copy(update={"pretrain_kimg": 2.0})
+    assert chosen.balance == smoke.balance.model_copy(update={"classes": ("df",)})
+    assert chosen.classifier == smoke.classifier
+    assert choose_params("demo", {}) == Params()
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "named"),
+    [("smokes", {}, "smokes"), ("smoke", {"gan": {"widht": 3}}, "gan.widht:"), ("demo", {"gan": 3}, "gan:")],
+)
+def test_what_no_preset_can_take_is_named(preset: str, overrides: dict, named: str) -> None:
+    with pytest.raises(ParamsError, match=named):
+        choose_params(preset, overrides)

@@ -147,3 +147,24 @@ def test_a_finished_stage_is_repeated_only_where_it_must_be(tiny_run: flow.Run, 
     other = flow.Run(run.data_dir, store, run.params.model_copy(update={"encoder": longer}))
     assert repeated("train-encoder", other)
     assert repeated("pretrain", other)  # its snapshots are judged by the encoder
+
+
+def test_a_class_that_fails_leaves_a_record_and_is_tried_again(tiny_run: flow.Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_run.store, store)
+    run = flow.Run(tiny_run.data_dir, store, tiny_run.params)
+    label = flow.items(run, "label")[0]
+    place = store / flow.read_record(store, "synthesize", label).output
+    shutil.rmtree(place)
+    place.symlink_to(store / "absent" / "folder")  # it can neither be read nor written
+    failed = flow.execute("synthesize", run, label)
+    assert failed.status == "failed" and failed.retry and failed.files == {}
+    assert failed.reason.startswith("synthesize: cannot read or write")
+    assert flow.execute("measure", run, label).reason == failed.reason
+    flow.execute("gate", run)
+    decisions = json.loads((store / "gate" / "decisions.json").read_text())["classes"]
+    assert decisions[label]["decision"] == "rejected" and failed.reason in decisions[label]["reasons"][0]
+
+    place.unlink()
+    assert flow.execute("synthesize", run, label) == flow.read_record(tiny_run.store, "synthesize", label)
+    assert flow.execute("measure", run, label) == flow.read_record(tiny_run.store, "measure", label)

@@ -20,7 +20,8 @@ def images_to_synthesize(manifest: pd.DataFrame, config: BalanceConfig) -> dict[
     - fixed: `count`, and ratio: `ratio` n_c rounded up, for each class smaller than the largest.
 
     Raises:
-        ParamsError: min_share, and so many classes cannot have that share each.
+        ParamsError: min_share, and so many classes cannot have that share each; or a class named in `classes` has no
+            train images.
     """
     real = {str(label): int(n) for label, n in manifest["label"][manifest["split"] == "train"].value_counts().items()}
     largest = max(real.values(), default=0)
@@ -35,7 +36,11 @@ def images_to_synthesize(manifest: pd.DataFrame, config: BalanceConfig) -> dict[
         case "ratio":
             ratio = Fraction(str(config.ratio))
             wanted = {label: ceil(ratio * n) for label, n in real.items() if n < largest}
-    return {label: min(n, limit or n) for label, n in sorted(wanted.items()) if n > 0}
+    absent = sorted(set(config.classes) - set(real))
+    if absent:
+        raise ParamsError(f"balance.classes: no train images of {', '.join(absent)}; choose from {', '.join(sorted(real))}")
+    asked = config.classes or wanted
+    return {label: min(n, limit or n) for label, n in sorted(wanted.items()) if n > 0 and label in asked}
 
 
 def _fill_to_share(real: dict[str, int], share: Fraction, limit: int | None) -> dict[str, int]:
