@@ -37,6 +37,13 @@ def copy_page(run: flow.Run, page: dsl.HTML) -> None:
     shutil.copyfile(run.store / "report.html", page.path)
 
 
+def write_text(artifact: dsl.Artifact, text: str) -> None:
+    """Make a text file of an artifact."""
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 def _log_numbers(metrics: dsl.Metrics, prefix: str, value: Any) -> None:
     if isinstance(value, dict):
         for name, entry in value.items():

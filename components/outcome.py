@@ -4,20 +4,35 @@ from pathlib import Path
 
 from kfp import dsl
 
+from components.artifacts import write_text
+from components.task import batch_dir, run_dir
+from raresynth.errors import CheckpointError
+from raresynth.lineage import write_json
 from raresynth.report.summary import summarize
 
 
-def write_outcome(store: str, summary: dsl.Markdown) -> None:
-    """Every class's decision and the release, as Markdown."""
-    _write(summary, summarize(Path(store)))
+def write_outcome(store: str, status: dsl.PipelineTaskFinalStatus, artifact: dsl.Markdown) -> None:
+    """How the run ended, with every class's decision and the release; its state goes to outcome.json beside them."""
+    try:
+        decided = summarize(run_dir(store))
+    except CheckpointError:
+        decided = "It ended before its classifiers were judged; started again under the same name, it goes on there.\n"
+    _write_end(run_dir(store), status, artifact, decided)
+
+
+def write_batch_outcome(name: str, status: dsl.PipelineTaskFinalStatus, artifact: dsl.Markdown) -> None:
+    """How the run ended, and the folders of its images; its state goes to outcome.json beside them."""
+    batches = sorted(path.parent for path in batch_dir(name).glob("*/manifest.csv"))
+    _write_end(batch_dir(name), status, artifact, "".join(f"- {folder}\n" for folder in batches))
+
+
+def _write_end(folder: Path, status: dsl.PipelineTaskFinalStatus, artifact: dsl.Markdown, text: str) -> None:
+    said = {"state": status.state, "error": status.error_message or "", "run": status.pipeline_job_resource_name}
+    write_json(folder / "outcome.json", said)
+    error = f"\n```\n{said['error']}\n```\n" if said["error"] else ""
+    write_text(artifact, f"State of the run: {said['state']}\n{error}\n{text}")
 
 
 def write_release(store: str, note: dsl.Markdown) -> None:
     """What is released, and that synthetic images are part of what it was trained on."""
-    _write(note, f"The classifier trained with synthetic images is released: `{Path(store).name}/bundle`.\n")
-
-
-def _write(artifact: dsl.Markdown, text: str) -> None:
-    path = Path(artifact.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(note, f"The classifier trained with synthetic images is released: `{run_dir(store) / 'bundle'}`.\n")

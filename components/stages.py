@@ -1,6 +1,8 @@
 """The stages as KFP components: imports and one call each.
 
-Every stage leaves its files in `store` (a folder or mounted volume) and hands its record on as an artifact.
+Every stage leaves its files in `store` (a folder or mounted volume) and hands its record on as an artifact. What else
+its result depends on enters the cache key with `data` (a folder that bears its `.dir` hash), `params` (JSON) and `code`
+(the library's hash).
 """
 
 from typing import List  # noqa: UP035
@@ -11,32 +13,32 @@ from components.base import component
 
 
 @component
-def build_manifest(data: str, params: str, store: str, record: dsl.Output[dsl.Artifact]):
+def build_manifest(data: str, params: str, store: str, code: str, record: dsl.Output[dsl.Artifact]):
     """List the images, their labels and groups, and split them."""
     from components.task import run
 
-    run("build-manifest", data, params, store, record.path, {})
+    run("build-manifest", data, params, store, code, record.path, {})
 
 
 @component
 def validate(
-    data: str, params: str, store: str, manifest: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]
+    data: str, params: str, store: str, code: str, manifest: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]
 ) -> List[str]:  # noqa: UP006
     """Check every image, quarantine what is bad; returns the classes to synthesise."""
     from components.task import run
     from raresynth.flow import items
 
-    return items(run("validate", data, params, store, record.path, {"build-manifest": manifest.path}), "label")
+    return items(run("validate", data, params, store, code, record.path, {"build-manifest": manifest.path}), "label")
 
 
 @component
 def train_encoder(
-    data: str, params: str, store: str, validation: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]
+    data: str, params: str, store: str, code: str, validation: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]
 ):
     """Train the encoder that every measurement uses."""
     from components.task import run
 
-    run("train-encoder", data, params, store, record.path, {"validate": validation.path})
+    run("train-encoder", data, params, store, code, record.path, {"validate": validation.path})
 
 
 @component
@@ -44,6 +46,7 @@ def pretrain(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
@@ -51,7 +54,9 @@ def pretrain(
     """Train the universal generator on all train images."""
     from components.task import run
 
-    run("pretrain", data, params, store, record.path, {"validate": validation.path, "train-encoder": encoder.path})
+    run(
+        "pretrain", data, params, store, code, record.path, {"validate": validation.path, "train-encoder": encoder.path}
+    )
 
 
 @component
@@ -60,6 +65,7 @@ def finetune(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     universal: dsl.Input[dsl.Artifact],
@@ -68,8 +74,16 @@ def finetune(
     """Fine-tune the universal generator for one class."""
     from components.task import run
 
-    given = {"validate": validation.path, "train-encoder": encoder.path, "pretrain": universal.path}
-    run("finetune", data, params, store, record.path, given, label)
+    run(
+        "finetune",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {"validate": validation.path, "train-encoder": encoder.path, "pretrain": universal.path},
+        label,
+    )
 
 
 @component
@@ -78,6 +92,7 @@ def synthesize(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     generator: dsl.Input[dsl.Artifact],
@@ -86,8 +101,16 @@ def synthesize(
     """Make the images that balance one class."""
     from components.task import run
 
-    given = {"validate": validation.path, "train-encoder": encoder.path, "finetune": generator.path}
-    run("synthesize", data, params, store, record.path, given, label)
+    run(
+        "synthesize",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {"validate": validation.path, "train-encoder": encoder.path, "finetune": generator.path},
+        label,
+    )
 
 
 @component
@@ -95,6 +118,7 @@ def synthesize_majority(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     universal: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
@@ -102,8 +126,15 @@ def synthesize_majority(
     """Make images of the other classes, for the classifier that sees no real ones."""
     from components.task import run
 
-    given = {"validate": validation.path, "pretrain": universal.path}
-    run("synthesize-majority", data, params, store, record.path, given)
+    run(
+        "synthesize-majority",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {"validate": validation.path, "pretrain": universal.path},
+    )
 
 
 @component
@@ -112,6 +143,7 @@ def measure(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     synthetic: dsl.Input[dsl.Artifact],
@@ -122,8 +154,20 @@ def measure(
     from components.artifacts import log_quality
     from components.task import run
 
-    given = {"validate": validation.path, "train-encoder": encoder.path, "synthesize": synthetic.path}
-    log_quality(run("measure", data, params, store, record.path, given, label), label, metrics)
+    log_quality(
+        run(
+            "measure",
+            data,
+            params,
+            store,
+            code,
+            record.path,
+            {"validate": validation.path, "train-encoder": encoder.path, "synthesize": synthetic.path},
+            label,
+        ),
+        label,
+        metrics,
+    )
 
 
 @component
@@ -131,6 +175,7 @@ def gate(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     majority: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
@@ -139,8 +184,18 @@ def gate(
     from components.task import run
     from raresynth.flow import items
 
-    given = {"validate": validation.path, "synthesize-majority": majority.path}
-    return items(run("gate", data, params, store, record.path, given), "arm")
+    return items(
+        run(
+            "gate",
+            data,
+            params,
+            store,
+            code,
+            record.path,
+            {"validate": validation.path, "synthesize-majority": majority.path},
+        ),
+        "arm",
+    )
 
 
 @component
@@ -149,6 +204,7 @@ def train_classifier(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     decisions: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
@@ -156,8 +212,16 @@ def train_classifier(
     """Train the classifier of one arm."""
     from components.task import run
 
-    given = {"validate": validation.path, "gate": decisions.path}
-    run("train-classifier", data, params, store, record.path, given, arm)
+    run(
+        "train-classifier",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {"validate": validation.path, "gate": decisions.path},
+        arm,
+    )
 
 
 @component
@@ -165,6 +229,7 @@ def evaluate(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     decisions: dsl.Input[dsl.Artifact],
     record: dsl.Output[dsl.Artifact],
@@ -175,8 +240,11 @@ def evaluate(
     from components.artifacts import log_evaluation
     from components.task import run
 
-    given = {"validate": validation.path, "gate": decisions.path}
-    return log_evaluation(run("evaluate", data, params, store, record.path, given), metrics, classification)
+    return log_evaluation(
+        run("evaluate", data, params, store, code, record.path, {"validate": validation.path, "gate": decisions.path}),
+        metrics,
+        classification,
+    )
 
 
 @component
@@ -184,6 +252,7 @@ def package(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     decisions: dsl.Input[dsl.Artifact],
@@ -193,13 +262,20 @@ def package(
     """Bundle the accepted generators and the approved classifier."""
     from components.task import run
 
-    given = {
-        "validate": validation.path,
-        "train-encoder": encoder.path,
-        "gate": decisions.path,
-        "evaluate": evaluation.path,
-    }
-    run("package", data, params, store, record.path, given)
+    run(
+        "package",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {
+            "validate": validation.path,
+            "train-encoder": encoder.path,
+            "gate": decisions.path,
+            "evaluate": evaluation.path,
+        },
+    )
 
 
 @component
@@ -207,6 +283,7 @@ def report(
     data: str,
     params: str,
     store: str,
+    code: str,
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     universal: dsl.Input[dsl.Artifact],
@@ -220,15 +297,25 @@ def report(
     from components.artifacts import copy_page
     from components.task import run
 
-    given = {
-        "validate": validation.path,
-        "train-encoder": encoder.path,
-        "pretrain": universal.path,
-        "gate": decisions.path,
-        "evaluate": evaluation.path,
-        "package": bundle.path,
-    }
-    copy_page(run("report", data, params, store, record.path, given), page)
+    copy_page(
+        run(
+            "report",
+            data,
+            params,
+            store,
+            code,
+            record.path,
+            {
+                "validate": validation.path,
+                "train-encoder": encoder.path,
+                "pretrain": universal.path,
+                "gate": decisions.path,
+                "evaluate": evaluation.path,
+                "package": bundle.path,
+            },
+        ),
+        page,
+    )
 
 
 @component
@@ -237,11 +324,3 @@ def release_synthetic(store: str, bundle: dsl.Input[dsl.Artifact], note: dsl.Out
     from components.outcome import write_release
 
     write_release(store, note)
-
-
-@component
-def outcome(store: str, page: dsl.Input[dsl.HTML], summary: dsl.Output[dsl.Markdown]):
-    """Write the run's decisions in words."""
-    from components.outcome import write_outcome
-
-    write_outcome(store, summary)

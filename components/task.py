@@ -3,30 +3,53 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from raresynth import flow
 from raresynth.config import Params
 from raresynth.errors import RaresynthError, describe
+from raresynth.lineage import code_hash
 from raresynth.processes import end_with
 
+VOLUME = Path("/store")
+"""Where tasks on a cluster see the volume that they share: images below data/, runs below runs/,
+batches of images from an approved bundle below batches/."""
 PARENT_PID = "RARESYNTH_PARENT_PID"
 CONSOLE = "RARESYNTH_CONSOLE"
 ERROR_FILE = "RARESYNTH_ERROR_FILE"
 
 
+def run_dir(store: str) -> Path:
+    """Folder of a run: by its name on the volume, or as an absolute path."""
+    return VOLUME / "runs" / store
+
+
+def batch_dir(name: str) -> Path:
+    """Folder of the batches of a name on the volume, one folder a class."""
+    return VOLUME / "batches" / name
+
+
 def open_run(data: str, params: str, store: str) -> flow.Run:
     """The run that a pipeline's parameters describe; `params` is JSON."""
-    return flow.Run(Path(data), Path(store), Params.model_validate_json(params))
+    return flow.Run(Path(data), run_dir(store), Params.model_validate_json(params))
 
 
 def run(
-    stage: str, data: str, params: str, store: str, record: str, given: Mapping[str, str], item: str = flow.ALL
+    stage: str,
+    data: str,
+    params: str,
+    store: str,
+    code: str,
+    record: str,
+    given: Mapping[str, str],
+    item: str = flow.ALL,
 ) -> flow.Run:
     """Run one stage and hand its record on as an artifact.
 
     Args:
+        code: the library's hash, as the pipeline was compiled with.
         record: path of the artifact that gets the stage's record.
         given: upstream stage -> path of its record artifact.
 
@@ -35,8 +58,36 @@ def run(
     """
     _attach_to_parent()
     opened = open_run(data, params, store)
-    try:
+    with errors_as_sentences():
+        check_code(code)
         flow.execute(stage, opened, item, {name: Path(path) for name, path in given.items()})
+    Path(record).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(flow.record_path(opened.store, stage, item), record)
+    return opened
+
+
+def check_code(code: str) -> None:
+    """Refuse to run a pipeline that was compiled from other code: cached results would be taken for this code's.
+
+    Raises:
+        RaresynthError: the hashes differ.
+    """
+    if code != code_hash(""):
+        raise RaresynthError(
+            f"this image's code ({code_hash('')[:12]}) is not what the pipeline was compiled from ({code[:12]}); "
+            "build the image and compile the pipeline from one commit"
+        )
+
+
+@contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """End with what a user can cure as one sentence, printed or handed to the local runner.
+
+    Raises:
+        SystemExit: there was such an error.
+    """
+    try:
+        yield
     except (RaresynthError, OSError) as error:
         sentence = describe(error)
         if ERROR_FILE in os.environ:  # the local runner says it at the end
@@ -44,9 +95,6 @@ def run(
         else:
             print(f"raresynth: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    Path(record).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(flow.record_path(opened.store, stage, item), record)
-    return opened
 
 
 def _attach_to_parent() -> None:

@@ -8,110 +8,151 @@ from typing import List  # noqa: UP035
 
 from kfp import dsl
 
-from components import stages
+from components import entry, stages
+from pipelines.placement import Place, anywhere
+from raresynth.lineage import code_hash
+
+Graph = dsl.base_component.BaseComponent
 
 
-def build(parallel_tasks: int) -> dsl.base_component.BaseComponent:
-    """The pipeline; how many iterations of a loop run at once is fixed here, as KFP wants it.
+class Flow:
+    """The stages, wired; where their tasks run is settled by `place`.
 
     Args:
-        parallel_tasks: iterations of a loop that may run at the same time.
+        parallel_tasks: iterations of a loop that may run at the same time; KFP wants it fixed when it compiles.
     """
 
-    @dsl.pipeline(name="class-generators", description="A generator a class, its images, and how good they are.")
-    def class_generators(
-        labels: List[str],  # noqa: UP006
-        data: str,
-        params: str,
-        store: str,
-        validation: dsl.Input[dsl.Artifact],
-        encoder: dsl.Input[dsl.Artifact],
-        universal: dsl.Input[dsl.Artifact],
-    ):
-        with dsl.ParallelFor(labels, parallelism=parallel_tasks) as label:
-            generator = stages.finetune(
-                label=label,
-                data=data,
-                params=params,
-                store=store,
-                validation=validation,
-                encoder=encoder,
-                universal=universal,
-            )
-            synthetic = stages.synthesize(
-                label=label,
-                data=data,
-                params=params,
-                store=store,
-                validation=validation,
-                encoder=encoder,
-                generator=generator.outputs["record"],
-            )
-            stages.measure(
-                label=label,
-                data=data,
-                params=params,
-                store=store,
-                validation=validation,
-                encoder=encoder,
-                synthetic=synthetic.outputs["record"],
-            )
+    def __init__(self, parallel_tasks: int, place: Place) -> None:
+        self.place = place
+        self.class_generators = self._class_generators(parallel_tasks)
+        self.classifier_arms = self._classifier_arms(parallel_tasks)
 
-    @dsl.pipeline(name="classifier-arms", description="The same classifier, trained in each of the arms.")
-    def classifier_arms(
-        arms: List[str],  # noqa: UP006
-        data: str,
-        params: str,
-        store: str,
-        validation: dsl.Input[dsl.Artifact],
-        decisions: dsl.Input[dsl.Artifact],
-    ):
-        with dsl.ParallelFor(arms, parallelism=parallel_tasks) as arm:
-            stages.train_classifier(
-                arm=arm, data=data, params=params, store=store, validation=validation, decisions=decisions
-            )
+    def task(self, component: Graph, **inputs) -> dsl.PipelineTask:
+        return self.place(component(**inputs), component.name)
+
+    def _class_generators(self, parallel_tasks: int) -> Graph:
+        @dsl.pipeline(name="class-generators", description="A generator a class, its images, and how good they are.")
+        def class_generators(
+            labels: List[str],  # noqa: UP006
+            data: str,
+            params: str,
+            store: str,
+            code: str,
+            validation: dsl.Input[dsl.Artifact],
+            encoder: dsl.Input[dsl.Artifact],
+            universal: dsl.Input[dsl.Artifact],
+        ):
+            with dsl.ParallelFor(labels, parallelism=parallel_tasks) as label:
+                where = {"label": label, "data": data, "params": params, "store": store, "code": code}
+                checked = {"validation": validation, "encoder": encoder}
+                generator = self.task(stages.finetune, **where, **checked, universal=universal)
+                synthetic = self.task(stages.synthesize, **where, **checked, generator=generator.outputs["record"])
+                self.task(stages.measure, **where, **checked, synthetic=synthetic.outputs["record"])
+
+        return class_generators
+
+    def _classifier_arms(self, parallel_tasks: int) -> Graph:
+        @dsl.pipeline(name="classifier-arms", description="The same classifier, trained in each of the arms.")
+        def classifier_arms(
+            arms: List[str],  # noqa: UP006
+            data: str,
+            params: str,
+            store: str,
+            code: str,
+            validation: dsl.Input[dsl.Artifact],
+            decisions: dsl.Input[dsl.Artifact],
+        ):
+            with dsl.ParallelFor(arms, parallelism=parallel_tasks) as arm:
+                where = {"arm": arm, "data": data, "params": params, "store": store, "code": code}
+                self.task(stages.train_classifier, **where, validation=validation, decisions=decisions)
+
+        return classifier_arms
+
+    def wire(self, where: dict[str, object]) -> None:
+        """Add all stages to the pipeline that is being built.
+
+        Args:
+            where: data, params, store and code, as every stage takes them.
+        """
+        manifest = self.task(stages.build_manifest, **where)
+        checked = self.task(stages.validate, **where, manifest=manifest.outputs["record"])
+        validation = checked.outputs["record"]
+        encoder = self.task(stages.train_encoder, **where, validation=validation).outputs["record"]
+        universal = self.task(stages.pretrain, **where, validation=validation, encoder=encoder).outputs["record"]
+        measured = {"validation": validation, "encoder": encoder}
+        labels = checked.outputs["Output"]
+        classes = self.class_generators(labels=labels, **where, **measured, universal=universal)
+        majority = self.task(stages.synthesize_majority, **where, validation=validation, universal=universal)
+        gated = self.task(stages.gate, **where, validation=validation, majority=majority.outputs["record"]).after(
+            classes
+        )
+        decisions = gated.outputs["record"]
+        arms = self.classifier_arms(arms=gated.outputs["Output"], **where, validation=validation, decisions=decisions)
+        evaluated = self.task(stages.evaluate, **where, validation=validation, decisions=decisions).after(arms)
+        judged = {**measured, "decisions": decisions, "evaluation": evaluated.outputs["record"]}
+        bundle = self.task(stages.package, **where, **judged).after(classes, arms).outputs["record"]
+        self.task(stages.report, **where, **judged, universal=universal, bundle=bundle).after(classes, arms)
+        with dsl.If(evaluated.outputs["Output"] == "real+synthetic", name="synthetic-arm-approved"):
+            self.task(stages.release_synthetic, store=where["store"], bundle=bundle)
+
+
+def build_local(parallel_tasks: int) -> Graph:
+    """The flow over a folder of this machine, with params that have been read already."""
+    flow = Flow(parallel_tasks, anywhere)
+
+    @dsl.pipeline(name="raresynth-run")
+    def local(data: str, params: str, store: str, code: str):
+        flow.wire({"data": data, "params": params, "store": store, "code": code})
+
+    return local
+
+
+def build(parallel_tasks: int, place: Place) -> Graph:
+    """The pipeline `augmentation`: inputs from a form, images by their DVC version, then the flow."""
+    flow = Flow(parallel_tasks, place)
+    code = code_hash("")
 
     @dsl.pipeline(
         name="raresynth-augmentation",
+        display_name="raresynth: augmentation",
         description="An imbalanced image set in; gated generators, an approved classifier and a report out.",
     )
-    def augmentation(data: str, params: str, store: str):
+    def augmentation(
+        repository: str,
+        revision: str = "main",
+        path: str = "data",
+        preset: str = "demo",
+        resolution: int = 0,
+        classes: List[str] = [],  # noqa: B006, UP006
+        overrides: str = "{}",
+        name: str = "augmentation",
+    ):
         """Take an imbalanced image set to gated generators and an approved classifier.
 
         Args:
-            data: Folder of the images, as the tasks see it.
-            params: Content of a params file as JSON.
-            store: Folder that keeps checkpoints and results; a run with the same folder goes on.
+            repository: Git repository whose images DVC keeps, as git clones it.
+            revision: Branch, tag or commit of it. The run notes the commit and the images' hash.
+            path: Folder of the images in the repository.
+            preset: Params to start from: demo, ham10000-cpu, ham10000-gpu, paper or smoke.
+            resolution: Side in pixels of what is made and classified: 32, 64, 128 or 256. 0 keeps the preset's.
+            classes: Classes to make images of, as a JSON list. With none, each class that the preset's policy asks for.
+            overrides: Other knobs as JSON, section by section as in params.yaml. They go before the preset.
+            name: Name of the run's folder on the volume. A run of the same name goes on where the last one stopped.
         """
-        where = {"data": data, "params": params, "store": store}
-        manifest = stages.build_manifest(**where)
-        checked = stages.validate(**where, manifest=manifest.outputs["record"])
-        validation = checked.outputs["record"]
-        encoder = stages.train_encoder(**where, validation=validation).outputs["record"]
-        universal = stages.pretrain(**where, validation=validation, encoder=encoder).outputs["record"]
-        classes = class_generators(
-            labels=checked.outputs["Output"], **where, validation=validation, encoder=encoder, universal=universal
-        )
-        majority = stages.synthesize_majority(**where, validation=validation, universal=universal).outputs["record"]
-        gated = stages.gate(**where, validation=validation, majority=majority).after(classes)
-        decisions = gated.outputs["record"]
-        arms = classifier_arms(arms=gated.outputs["Output"], **where, validation=validation, decisions=decisions)
-        evaluated = stages.evaluate(**where, validation=validation, decisions=decisions).after(arms)
-        evaluation = evaluated.outputs["record"]
-        bundle = stages.package(
-            **where, validation=validation, encoder=encoder, decisions=decisions, evaluation=evaluation
-        ).after(classes, arms)
-        page = stages.report(
-            **where,
-            validation=validation,
-            encoder=encoder,
-            universal=universal,
-            decisions=decisions,
-            evaluation=evaluation,
-            bundle=bundle.outputs["record"],
-        ).after(classes, arms)
-        stages.outcome(store=store, page=page.outputs["page"])
-        with dsl.If(evaluated.outputs["Output"] == "real+synthetic", name="synthetic-arm-approved"):
-            stages.release_synthetic(store=store, bundle=bundle.outputs["record"])
+        outcome = flow.task(entry.write_outcome, store=name)
+        with dsl.ExitHandler(outcome, name="flow"):
+            params = flow.task(
+                entry.choose_params,
+                preset=preset,
+                resolution=resolution,
+                classes=classes,
+                overrides=overrides,
+                name=name,
+                code=code,
+            )
+            images = flow.task(entry.fetch_data, repository=repository, revision=revision, path=path).after(params)
+            flow.wire(
+                {"data": images.outputs["Output"], "params": params.outputs["Output"], "store": name, "code": code}
+            )
 
     return augmentation

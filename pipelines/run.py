@@ -40,8 +40,9 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
     """Run all tasks as subprocesses; returns the sentence for an error that the user can cure."""
     from kfp import local
 
-    from pipelines.augmentation import build
+    from pipelines.augmentation import build_local
     from raresynth.config import Params
+    from raresynth.lineage import code_hash
 
     error_file, log = scratch / "error", scratch / "kfp.log"
     os.environ |= {
@@ -51,11 +52,11 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
         "PYTHONSAFEPATH": "1",
     }
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(scratch / "artifacts"))
-    pipeline = build(Params.model_validate_json(params).compute.parallel_tasks)
+    pipeline = build_local(Params.model_validate_json(params).compute.parallel_tasks)
     with log.open("w", encoding="utf-8") as file:
         try:
             with _quiet(file):
-                pipeline(data=str(data), params=params, store=str(store))
+                pipeline(data=str(data), params=params, store=str(store), code=code_hash(""))
         except Exception as failure:
             if error_file.exists():
                 return error_file.read_text(encoding="utf-8")

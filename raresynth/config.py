@@ -297,10 +297,10 @@ class ClusterConfig(Config):
     """Image of every task."""
     volume_claim: str = "raresynth-store"
     """Claim of the volume, shared by all tasks, that holds images, checkpoints and results."""
-    data_secret: str = "raresynth-data"
+    data_secret: str = "raresynth-data"  # noqa: S105
     """Kubernetes secret with the credentials of the DVC remote, as environment variables."""
-    git_read_secret: str = "raresynth-git-read"
-    git_write_secret: str = "raresynth-git-write"
+    git_read_secret: str = "raresynth-git-read"  # noqa: S105
+    git_write_secret: str = "raresynth-git-write"  # noqa: S105
     """Kubernetes secrets with a file .git-credentials; the second is given to the one task that commits."""
     light: Resources = Resources(cpu="1", memory="4Gi", shared_memory="256Mi")
     """Tasks that list, check, decide and write."""

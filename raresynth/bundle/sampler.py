@@ -31,7 +31,7 @@ class Sampler:
         """
         bundle = bundle or open_bundle(folder)
         if label not in bundle.generators:
-            raise CheckpointError(_no_generator(bundle, label))
+            raise CheckpointError(no_generator(bundle, label))
         self.label = label
         self.generator = bundle.generators[label]
         self._session = onnxruntime.InferenceSession(str(folder / "generators" / label / "model.onnx"))
@@ -86,7 +86,7 @@ def generate_folder(bundle: Path, label: str, n: int, seed: int, truncation: flo
         write_text(folder / "manifest.csv", text.getvalue())
 
 
-def _no_generator(bundle: Bundle, label: str) -> str:
+def no_generator(bundle: Bundle, label: str) -> str:
     """Why there is no generator for the label, and for which there is one."""
     decision = bundle.decisions["classes"].get(label)
     if decision is not None:

@@ -38,7 +38,9 @@ def images_to_synthesize(manifest: pd.DataFrame, config: BalanceConfig) -> dict[
             wanted = {label: ceil(ratio * n) for label, n in real.items() if n < largest}
     absent = sorted(set(config.classes) - set(real))
     if absent:
-        raise ParamsError(f"balance.classes: no train images of {', '.join(absent)}; choose from {', '.join(sorted(real))}")
+        raise ParamsError(
+            f"balance.classes: no train images of {', '.join(absent)}; choose from {', '.join(sorted(real))}"
+        )
     asked = config.classes or wanted
     return {label: min(n, limit or n) for label, n in sorted(wanted.items()) if n > 0 and label in asked}
 

@@ -1,0 +1,90 @@
+"""Where a pipeline's tasks run: image, resources, volume, user and secrets, from the params' section `cluster`."""
+
+from collections.abc import Callable
+
+from kfp import dsl, kubernetes
+
+from components.task import VOLUME
+from raresynth.config import ClusterConfig, Resources
+
+Place = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
+"""Settles where a task of the named component runs."""
+
+USER = 10001
+"""Numeric user and group of every task; the images are made for it."""
+GIT_CREDENTIALS = "/var/run/secrets/git"
+
+_TRAINING = {
+    "train-encoder",
+    "pretrain",
+    "finetune",
+    "synthesize",
+    "synthesize-majority",
+    "measure",
+    "train-classifier",
+    "evaluate",
+}
+_WITHOUT_GPU = {"measure"}
+_NEVER_CACHED = {"fetch-data", "open-bundle", "generate", "publish-data"}
+"""Tasks whose inputs do not name all that they read: a branch moves on, a bundle is replaced."""
+
+
+def anywhere(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+    """For a machine that runs all tasks itself."""
+    return task
+
+
+def on_cluster(cluster: ClusterConfig, gpu: bool) -> Place:
+    """For Kubernetes.
+
+    Args:
+        gpu: whether tasks that train are given GPUs; the SDK cannot leave that to the run.
+    """
+
+    def place(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+        training = name in _TRAINING
+        task.set_container_image(cluster.image)
+        task.set_display_name(name.replace("-", " ").capitalize())
+        kubernetes.add_pod_label(task, "raresynth/stage", name)
+        kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+        kubernetes.mount_pvc(task, pvc_name=cluster.volume_claim, mount_path=str(VOLUME))
+        if name in _NEVER_CACHED:
+            task.set_caching_options(False)
+        _set_resources(task, cluster.training if training else cluster.light)
+        if gpu and training and name not in _WITHOUT_GPU:
+            _give_gpus(task, cluster)
+        if name in {"fetch-data", "publish-data"}:
+            _give_secrets(task, cluster, cluster.git_read_secret if name == "fetch-data" else cluster.git_write_secret)
+        return task
+
+    return place
+
+
+def _set_resources(task: dsl.PipelineTask, resources: Resources) -> None:
+    task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
+    task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+    kubernetes.empty_dir_mount(
+        task,
+        volume_name="shm",
+        mount_path="/dev/shm",  # noqa: S108
+        medium="Memory",
+        size_limit=resources.shared_memory,
+    )
+
+
+def _give_gpus(task: dsl.PipelineTask, cluster: ClusterConfig) -> None:
+    gpu = cluster.gpu
+    task.set_accelerator_type(gpu.type).set_accelerator_limit(gpu.count)
+    kubernetes.add_pod_label(task, "raresynth/gpu", "true")
+    for key, value in gpu.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in gpu.tolerations:
+        kubernetes.add_toleration(task, **toleration.model_dump(exclude_none=True))
+
+
+def _give_secrets(task: dsl.PipelineTask, cluster: ClusterConfig, git_secret: str) -> None:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+    kubernetes.use_secret_as_env(
+        task, cluster.data_secret, secret_key_to_env={name: name for name in names}, optional=True
+    )
+    kubernetes.use_secret_as_volume(task, git_secret, mount_path=GIT_CREDENTIALS, optional=True)
