@@ -95,7 +95,11 @@ def test_every_task_runs_the_one_image_as_the_one_user_with_nothing_installed(pa
         for container, settings in executors(documents).values():
             assert container["image"] == "registry.example/raresynth-train@sha256:0123"
             assert "pip install" not in " ".join(container["command"])
-            assert settings["securityContext"] == {"runAsUser": str(USER), "runAsGroup": str(USER), "runAsNonRoot": True}
+            assert settings["securityContext"] == {
+                "runAsUser": str(USER),
+                "runAsGroup": str(USER),
+                "runAsNonRoot": True,
+            }
             assert [mount["mountPath"] for mount in settings["pvcMount"]] == ["/store"]
             assert settings["pvcMount"][0]["pvcNameParameter"]["runtimeValue"]["constant"] == "shared"
 
