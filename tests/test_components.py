@@ -1,0 +1,91 @@
+"""Components called as functions, on a finished run: what they hand on, and what the UI is given to show."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kfp import dsl
+
+from components import stages, task
+from raresynth import flow
+from raresynth.lineage import code_hash
+
+
+@pytest.fixture
+def where(tiny_run: flow.Run, tmp_path: Path) -> dict[str, str]:
+    """A copy of the finished run, as a component is given it."""
+    shutil.copytree(tiny_run.store, tmp_path / "store")
+    params = tiny_run.params.model_dump_json()
+    return {"data": str(tiny_run.data_dir), "params": params, "store": str(tmp_path / "store"), "code": code_hash("")}
+
+
+def record_of(where: dict[str, str], stage: str, item: str = flow.ALL) -> dsl.Artifact:
+    return dsl.Artifact(uri=str(flow.record_path(Path(where["store"]), stage, item)))
+
+
+def made(kind: type, folder: Path, name: str) -> dsl.Artifact:
+    return kind(name=name, uri=str(folder / "out" / name))
+
+
+def test_the_classes_come_from_the_validated_manifest(where: dict[str, str], tmp_path: Path) -> None:
+    out = made(dsl.Artifact, tmp_path, "record")
+    labels = stages.validate.python_func(**where, manifest=record_of(where, "build-manifest"), record=out)
+    assert labels == ["keratosis", "vascular"]
+    assert json.loads(Path(out.path).read_text())["stage"] == "validate"
+
+
+def test_the_released_arm_is_shown_with_confusion_and_roc(where: dict[str, str], tmp_path: Path) -> None:
+    metrics, shown = made(dsl.Metrics, tmp_path, "metrics"), made(dsl.ClassificationMetrics, tmp_path, "shown")
+    arm = stages.evaluate.python_func(
+        **where,
+        validation=record_of(where, "validate"),
+        decisions=record_of(where, "gate"),
+        record=made(dsl.Artifact, tmp_path, "record"),
+        metrics=metrics,
+        classification=shown,
+    )
+    report = json.loads((Path(where["store"]) / "evaluation" / "report.json").read_text())
+    assert arm == report["release"]["arm"]
+    assert shown.metadata["confusionMatrix"]["annotationSpecs"] == [
+        {"displayName": label} for label in report["labels"]
+    ]
+    points = shown.metadata["confidenceMetrics"]
+    rates = np.array([[point["falsePositiveRate"], point["recall"], -point["confidenceThreshold"]] for point in points])
+    assert 2 < len(points) <= 101
+    assert (np.diff(rates, axis=0) >= 0).all()
+    assert rates[0, :2].tolist() == [0, 0] and rates[-1, :2].tolist() == [1, 1]
+    assert metrics.metadata["balanced_accuracy.value"] == pytest.approx(
+        next(entry for entry in report["arms"] if entry["arm"] == arm)["test"]["balanced_accuracy"]["value"]
+    )
+
+
+def test_a_class_that_failed_says_why_instead_of_figures(where: dict[str, str], tmp_path: Path) -> None:
+    store = Path(where["store"])
+    shutil.rmtree(store / flow.read_record(store, "synthesize", "vascular").output)
+    (store / "stages" / "synthesize" / "vascular.json").unlink()
+    shutil.rmtree(store / flow.read_record(store, "finetune", "vascular").output)  # nothing to draw from
+    metrics, made_of = made(dsl.Metrics, tmp_path, "metrics"), made(dsl.Artifact, tmp_path, "synthetic")
+    given = {"validation": record_of(where, "validate"), "encoder": record_of(where, "train-encoder")}
+    generator = record_of(where, "finetune", "vascular")
+    stages.synthesize.python_func(label="vascular", **where, **given, generator=generator, record=made_of)
+    record = made(dsl.Artifact, tmp_path, "record")
+    stages.measure.python_func(label="vascular", **where, **given, synthetic=made_of, record=record, metrics=metrics)
+    assert json.loads(Path(record.path).read_text())["status"] == "failed"
+    assert "no complete checkpoint" in metrics.metadata["failed"]
+
+
+def test_an_image_of_other_code_than_the_package_is_refused(
+    where: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        stages.build_manifest.python_func(**where | {"code": "0" * 64}, record=made(dsl.Artifact, tmp_path, "record"))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert code_hash("")[:12] in said and "0" * 12 in said and said.count("\n") == 1
+
+
+def test_a_run_is_a_name_on_the_volume_or_a_folder() -> None:
+    assert task.run_dir("skin") == Path("/store/runs/skin")
+    assert task.run_dir("/somewhere/else") == Path("/somewhere/else")
