@@ -260,6 +260,13 @@ def test_gpu_pods_get_the_class_with_the_numbers_it_has(production: list[Documen
     }
 
 
+def test_every_task_gets_the_group_that_owns_the_store(production: list[Document]) -> None:
+    policy = of_kind(production, "MutatingAdmissionPolicy")["raresynth-store-group"]["spec"]
+    (rule,) = policy["matchConstraints"]["objectSelector"]["matchExpressions"]
+    assert rule == {"key": "raresynth/stage", "operator": "Exists"}
+    assert "fsGroup: 10001," in policy["mutations"][0]["applyConfiguration"]["expression"]
+
+
 def test_pods_must_be_restricted_and_all_together_bounded(production: list[Document]) -> None:
     labels = of_kind(production, "Namespace")["raresynth"]["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
