@@ -4,16 +4,16 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test slow check compile lock
+.PHONY: demo test slow check compile images submit lock
 
 demo: .venv/ready
 	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && raresynth report --out runs/demo
 
 test: .venv/ready
-	@pytest -m "not slow"
+	@pytest -m "not slow and not container"
 
 slow: .venv/ready
-	@pytest -m slow
+	@pytest -m "slow and not container"
 
 check: .venv/ready
 	@ruff check --no-cache . && ruff format --check . && mypy && lint-imports
@@ -29,6 +29,10 @@ compile: .venv/ready
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# Container images of this version; needs a Docker engine.
+images:
+	@docker/build train serve
 
 # New locks after a change of dependencies; needs uv.
 lock:

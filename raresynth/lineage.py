@@ -95,9 +95,10 @@ def dvc_dir_md5(folder: Path) -> str:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Commit checked out in `folder` and whether its tracked files differ from it; (None, None) outside git.
+    """Commit checked out in `folder` and whether its tracked files differ from it; (None, None) if neither is known.
 
-    dvc.lock does not count: it is what a run writes, not what it is made from.
+    dvc.lock does not count: it is what a run writes, not what it is made from. Outside git, as in a container image,
+    the environment's RARESYNTH_REVISION names the commit, with "-dirty" behind it if files differed.
     """
 
     def git(*args: str) -> str | None:
@@ -109,7 +110,9 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 
     commit = git("rev-parse", "HEAD")
     if commit is None:
-        return None, None
+        revision = os.environ.get("RARESYNTH_REVISION", "")
+        commit = revision.removesuffix("-dirty")
+        return (commit, commit != revision) if commit else (None, None)
     return commit, bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)dvc.lock"))
 
 

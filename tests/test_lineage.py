@@ -102,6 +102,17 @@ def test_git_state_tells_a_dirty_tree(tmp_path: Path) -> None:
     assert lineage.git_state(tmp_path) == (commit, True)
 
 
+def test_outside_git_the_image_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for revision, state in (("", (None, None)), ("4f0c", ("4f0c", False)), ("4f0c-dirty", ("4f0c", True))):
+        monkeypatch.setenv("RARESYNTH_REVISION", revision)
+        assert lineage.git_state(tmp_path) == state
+    subprocess.run(["git", "-C", tmp_path, "init", "-q"], check=True)
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-qm", "first", "--allow-empty"], check=True)
+    commit, dirty = lineage.git_state(tmp_path)
+    assert commit is not None and len(commit) == 40 and dirty is False  # a checkout knows better
+
+
 def test_optimizer_state_comes_back_exactly() -> None:
     def trained(steps: int, resume_at: int | None) -> torch.Tensor:
         torch.manual_seed(0)
