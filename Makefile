@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test slow check lock
+.PHONY: demo test slow check submit lock
 
 demo: .venv/ready
 	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && raresynth report --out runs/demo
@@ -17,6 +17,10 @@ slow: .venv/ready
 
 check: .venv/ready
 	@ruff check --no-cache . && ruff format --check . && mypy && lint-imports
+
+# Such as: make submit HOST=http://localhost:8080 PACKAGE=FILE.yaml ARGS="revision=main classes='[\"df\"]' --wait"
+submit: .venv/ready
+	@raresynth submit $(if $(HOST),--host $(HOST)) $(PACKAGE) $(ARGS)
 
 # The environment: everything from the lock, each file checked against its hash.
 .venv/ready: requirements/dev.txt pyproject.toml
