@@ -42,7 +42,7 @@ class KfpStandIn:
         token: what a request must bring along, if anything.
         several_users: whether it keeps users apart by namespace.
         course: states that a run shows, one after the other, each time it is asked for.
-        failures: answers that an operation gives, one after the other, instead of doing its work.
+        failures: answers that an operation gives, one after the other, instead of doing its work; at None it does it.
         asked: name of the operation, query and body of every request that fits the schema.
         packages: the files uploaded, by version id.
     """
@@ -51,7 +51,7 @@ class KfpStandIn:
         self.token = token
         self.several_users = several_users
         self.course = ["PENDING", "RUNNING", "SUCCEEDED"]
-        self.failures: dict[str, list[Response]] = {}
+        self.failures: dict[str, list[Response | None]] = {}
         self.asked: list[tuple[str, Json, Json | None]] = []
         self.pipelines: dict[str, Json] = {}
         self.versions: dict[str, Json] = {}
@@ -87,8 +87,8 @@ class KfpStandIn:
                 raise Refused(401, "Request header error: there is no user identity header.")
             query, body = _query(request, operation), _body(request, operation)
             self.asked.append((name, query, body))
-            if self.failures.get(name):
-                return self.failures[name].pop(0)
+            if self.failures.get(name) and (failure := self.failures[name].pop(0)) is not None:
+                return failure
             given = {**path, **query, **{file: _text(request, file) for file in operation.files}}
             answer = getattr(self, name)(**given, **({} if body is None else {"body": body}))
             kfp_api.check(answer, operation.response)

@@ -380,10 +380,17 @@ def test_a_host_that_is_not_there(package: Path, stand_in: KfpStandIn) -> None:
     ],
 )
 def test_waiting_ends_with_the_run(
-    package: Path, stand_in: KfpStandIn, capsys: pytest.CaptureFixture[str], end: str, code: int, said: str
+    package: Path,
+    stand_in: KfpStandIn,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+    code: int,
+    said: str,
 ) -> None:
     stand_in.course = ["PENDING", "RUNNING", "RUNNING", end]
-    stand_in.failures["run_service_get_run"] = [failure(503), failure(502)]
+    stand_in.failures["run_service_get_run"] = [failure(503), None, failure(502), None]
+    monkeypatch.setattr(cluster, "_PATIENCE", 1)  # no two failures in a row
     assert submit.submit(request(package, stand_in, wait=True)) == code
     out, err = capsys.readouterr()
     assert [line.split()[-1] for line in out.splitlines()[2:]] == ["PENDING", "RUNNING", end]
