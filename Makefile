@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test slow check compile images submit lock
+.PHONY: demo test slow check compile submit images lock
 
 demo: .venv/ready
 	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && raresynth report --out runs/demo
@@ -21,6 +21,10 @@ check: .venv/ready
 # The packages for Kubeflow Pipelines, below pipelines/compiled.
 compile: .venv/ready
 	@python -P -m pipelines.compile --params params.yaml --out pipelines/compiled
+# Such as: make submit HOST=http://localhost:8080 ARGS="revision=main classes='[\"df\"]' --wait"
+submit: .venv/ready
+	@raresynth submit $(if $(HOST),--host $(HOST)) $(PACKAGE) $(ARGS)
+PACKAGE := pipelines/compiled/augmentation-cpu.yaml
 
 # The environment: everything from the lock, each file checked against its hash.
 .venv/ready: requirements/dev.txt pyproject.toml

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from raresynth import flow
 from raresynth.config import load_params
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, required=True, help="folder of the run; started again, it goes on")
     run.set_defaults(command=_run)
 
+    _add_submit(commands)
+
     for name, stage in flow.STAGES.items():
         one = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
         one.add_argument("--data", type=Path, help="folder of images (default: that of the run's last stage)")
@@ -108,13 +111,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    submit = commands.add_parser("submit", help="upload a compiled pipeline to Kubeflow and start a run of it")
+    submit.add_argument("package", metavar="PACKAGE", help="compiled pipeline, a YAML file")
+    # At least one, and yet optional: Python 3.11 reads "none or more" as none where an option follows PACKAGE.
+    values = submit.add_argument(
+        "arguments", metavar="NAME=VALUE", nargs="+", default=[], help="arguments of the run, if it takes any"
+    )
+    values.required = False
+    submit.add_argument("--host", help="URL of the Pipelines API (default: $KF_PIPELINES_ENDPOINT)")
+    submit.add_argument("--plain-http", action="store_true", help="allow an http:// host beyond this machine")
+    submit.add_argument("--namespace", help="your namespace, where the installation keeps users apart")
+    submit.add_argument("--experiment", help="made where there is none (default: the pipeline's name)")
+    submit.add_argument("--run", help="name of the run (default: the pipeline's name and the time)")
+    submit.add_argument("--service-account", help="Kubernetes service account of the run (default: the cluster's)")
+    submit.add_argument("--no-cache", dest="cache", action="store_false", help="run every task anew")
+    submit.add_argument("--wait", action="store_true", help="follow the run; exit code 1 where it does not succeed")
+    submit.set_defaults(command=_submit)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     _open_run(arguments.data, arguments.params, arguments.out)
-    # The library does not know kfp: the pipeline takes this process over. -P, lest a folder such as docker/ in the
-    # working directory is taken for the package of that name.
-    module = [sys.executable, "-P", "-m", "pipelines.run", *map(str, (arguments.data, arguments.params, arguments.out))]
+    _hand_over("pipelines.run", arguments.data, arguments.params, arguments.out)
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    asked = {name: value for name, value in vars(arguments).items() if name != "command"}
+    _hand_over("pipelines.submit", json.dumps(asked))
+
+
+def _hand_over(module: str, *arguments: object) -> NoReturn:
+    """Let a module that uses kfp take this process over; the library does not know kfp."""
+    # -P, lest a folder such as docker/ in the working directory is taken for the package of that name.
+    command = [sys.executable, "-P", "-m", module, *map(str, arguments)]
     sys.stdout.flush()
-    os.execv(sys.executable, module)  # noqa: S606
+    os.execv(sys.executable, command)  # noqa: S606
 
 
 def _stage(arguments: argparse.Namespace) -> None:
