@@ -21,6 +21,7 @@ check: .venv/ready
 # The packages for Kubeflow Pipelines, below pipelines/compiled.
 compile: .venv/ready
 	@python -P -m pipelines.compile --params params.yaml --out pipelines/compiled
+
 # Such as: make submit HOST=http://localhost:8080 ARGS="revision=main classes='[\"df\"]' --wait"
 submit: .venv/ready
 	@raresynth submit $(if $(HOST),--host $(HOST)) $(PACKAGE) $(ARGS)

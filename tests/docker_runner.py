@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import docker
 from docker.types import Mount
 from kfp import local
 from kfp.local import docker_task_handler
 
+import docker
 from pipelines import augmentation, synthesis
 from pipelines.placement import USER, on_cluster
 from raresynth.config import ClusterConfig

@@ -108,7 +108,9 @@ def store(place: Path, inputs: dict[str, object]) -> Path:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     image = ClusterConfig().image
-    running = subprocess.run(["docker", "ps", "-q", "--filter", f"ancestor={image}"], capture_output=True, text=True)
+    running = subprocess.run(
+        ["docker", "ps", "-q", "--filter", f"ancestor={image}"], capture_output=True, text=True, check=True
+    )
     subprocess.run(["docker", "kill", *running.stdout.split()], check=True, capture_output=True)
     process.communicate(timeout=300)
     assert process.returncode != 0
