@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test slow check compile submit images lock
+.PHONY: demo test slow check compile submit images test-containers lock
 
 demo: .venv/ready
 	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && raresynth report --out runs/demo
@@ -38,6 +38,10 @@ PACKAGE := pipelines/compiled/augmentation-cpu.yaml
 # Container images of this version; needs a Docker engine.
 images:
 	@docker/build train serve
+
+# The images, and the pipelines in them.
+test-containers: .venv/ready images
+	@pytest -m container
 
 # New locks after a change of dependencies; needs uv.
 lock:
