@@ -12,7 +12,10 @@ Place = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
 
 USER = 10001
 """Numeric user and group of every task; the images are made for it."""
-GIT_CREDENTIALS = "/var/run/secrets/git"
+DATA_SECRET, GIT_SECRET = "/var/run/secrets/data", "/var/run/secrets/git"
+"""Where the two tasks that leave the cluster see the files of their secrets."""
+GIT_HELPER = f'!f() {{ [ "$1" != get ] || git credential-store --file={GIT_SECRET}/.git-credentials get; }}; f'
+"""Reads git's credentials from the secret, and never tries to write them there."""
 
 _TRAINING = {
     "train-encoder",
@@ -83,8 +86,10 @@ def _give_gpus(task: dsl.PipelineTask, cluster: ClusterConfig) -> None:
 
 
 def _give_secrets(task: dsl.PipelineTask, cluster: ClusterConfig, git_secret: str) -> None:
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
-    kubernetes.use_secret_as_env(
-        task, cluster.data_secret, secret_key_to_env={name: name for name in names}, optional=True
-    )
-    kubernetes.use_secret_as_volume(task, git_secret, mount_path=GIT_CREDENTIALS, optional=True)
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+    kubernetes.use_secret_as_env(task, cluster.data_secret, {key: key for key in keys}, optional=True)
+    kubernetes.use_secret_as_volume(task, cluster.data_secret, mount_path=DATA_SECRET, optional=True)
+    kubernetes.use_secret_as_volume(task, git_secret, mount_path=GIT_SECRET, optional=True)
+    task.set_env_variable("GOOGLE_APPLICATION_CREDENTIALS", f"{DATA_SECRET}/gcs.json")
+    for name, value in (("COUNT", "1"), ("KEY_0", "credential.helper"), ("VALUE_0", GIT_HELPER)):
+        task.set_env_variable(f"GIT_CONFIG_{name}", value)

@@ -1,6 +1,7 @@
 """The compiled packages: what a person sees in the form, where each task runs, and the traps of kfp that they avoid."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from pipelines.compile import compile_packages
-from pipelines.placement import USER
+from pipelines.placement import GIT_SECRET, USER
 from raresynth.config import load_cluster
 from raresynth.lineage import code_hash
 
@@ -144,6 +145,25 @@ def test_secrets_are_named_and_reach_two_tasks_only(packages: dict) -> None:
         ("publish-data", "remote"),
         ("publish-data", "writes"),
     }
+
+
+def test_git_reads_its_credentials_from_the_secret_and_leaves_it_alone(packages: dict, tmp_path: Path) -> None:
+    container, _ = executors(packages["augmentation-cpu"])["fetch-data"]
+    given = {entry["name"]: entry["value"].replace(GIT_SECRET, str(tmp_path)) for entry in container["env"]}
+    secret = tmp_path / ".git-credentials"
+    secret.write_text("https://reader:token@git.example\n")
+    told = "protocol=https\nhost=git.example\nusername=reader\npassword=token\n"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "absent"), "GIT_TERMINAL_PROMPT": "0", **given}
+
+    def credential(action: str, asked: str) -> str:
+        command = ["git", "credential", action]
+        done = subprocess.run(command, env=environment, input=asked, capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    assert credential("fill", "protocol=https\nhost=git.example\n") == told
+    assert credential("approve", told) == credential("reject", told) == ""
+    assert secret.read_text() == "https://reader:token@git.example\n"
+    assert [file.name for file in tmp_path.iterdir()] == [secret.name]
 
 
 def test_code_and_data_version_enter_every_cache_key(packages: dict) -> None:
