@@ -48,7 +48,14 @@ def only_run_of(store: Path) -> Iterator[None]:
 
 
 def limit_threads(n: int) -> None:
-    """Keep a task to its threads; to be called before numerical libraries are loaded."""
+    """Keep this process's numerical libraries to `n` threads, whether they are loaded already or not.
+
+    How many there are changes the last digits of some results, so it must not depend on who loaded what first.
+    """
     os.environ["OMP_NUM_THREADS"] = str(n)
+    if "numpy" in sys.modules:
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(n)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n)

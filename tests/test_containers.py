@@ -42,24 +42,22 @@ OVERRIDES = {
 """Smoke, made smaller still."""
 
 
-def start(pipeline: str, volume: Path, repository: Path, **inputs: object) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-P",
-        ROOT / "tests" / "docker_runner.py",
-        pipeline,
-        json.dumps(inputs),
-        volume,
-        repository,
-    ]
+def start(pipeline: str, place: Path, inputs: dict[str, object]) -> subprocess.Popen[bytes]:
+    runner = ROOT / "tests" / "docker_runner.py"
+    command = [sys.executable, "-P", runner, pipeline, json.dumps(inputs), place / "store", place / "images.git"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with (place / "log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=1800)
-    assert process.returncode == 0, output[-5000:]
-    return output
+def said(place: Path) -> str:
+    """The end of what the last pipeline said."""
+    return (place / "log").read_text()[-5000:]
+
+
+def finish(pipeline: str, place: Path, inputs: dict[str, object]) -> None:
+    process = start(pipeline, place, inputs)
+    assert process.wait(timeout=1800) == 0, said(place)
 
 
 def raresynth(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -101,22 +99,20 @@ def inputs(place: Path) -> dict[str, object]:
 def store(place: Path, inputs: dict[str, object]) -> Path:
     """The run's folder, after its training container was killed once and the run was started again."""
     store = place / "store" / "runs" / RUN
-    process = start("augmentation", place / "store", place / "images.git", **inputs)
+    process = start("augmentation", place, inputs)
     deadline = time.monotonic() + 900
     while not list((store / "checkpoints" / "pretrain").glob("*/*/state/[0-9]*")):
-        assert process.poll() is None, process.communicate()[0][-5000:]
-        assert time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline, said(place)
         time.sleep(0.05)
     image = ClusterConfig().image
     running = subprocess.run(
         ["docker", "ps", "-q", "--filter", f"ancestor={image}"], capture_output=True, text=True, check=True
     )
     subprocess.run(["docker", "kill", *running.stdout.split()], check=True, capture_output=True)
-    process.communicate(timeout=300)
-    assert process.returncode != 0
+    assert process.wait(timeout=300) != 0
     assert json.loads((store / "outcome.json").read_text())["state"] == "FAILED"
     assert not (store / "stages" / "pretrain.json").exists()
-    finish(start("augmentation", place / "store", place / "images.git", **inputs))
+    finish("augmentation", place, inputs)
     return store
 
 
@@ -149,7 +145,7 @@ def test_the_bundle_is_audited_back_to_the_data_version(store: Path, place: Path
 
 def test_new_images_are_made_audited_and_published(store: Path, place: Path) -> None:
     inputs = {"run": RUN, "n": 5, "seed": 3, "name": "batch", "repository": str(place / "images.git")}
-    finish(start("synthesis", place / "store", place / "images.git", **inputs))
+    finish("synthesis", place, inputs)
     batches = place / "store" / "batches" / "batch"
     assert json.loads((batches / "outcome.json").read_text())["state"] == "SUCCEEDED"
     for label in CLASSES:
