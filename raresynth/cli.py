@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--repo", help="git repository, URL or folder, whose images DVC keeps")
     audit.add_argument("--json", action="store_true", help="print JSON")
     audit.set_defaults(command=_audit)
+    _add_version_commands(commands)
     return parser
 
 
@@ -128,6 +129,23 @@ def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     submit.add_argument("--no-cache", dest="cache", action="store_false", help="run every task anew")
     submit.add_argument("--wait", action="store_true", help="follow the run; exit code 1 where it does not succeed")
     submit.set_defaults(command=_submit)
+
+
+def _add_version_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    fetch = commands.add_parser("fetch-data", help="fetch a data version that DVC keeps, every byte checked")
+    fetch.add_argument("--repo", required=True, help="git repository, URL or folder")
+    fetch.add_argument("--rev", required=True, help="branch, tag or commit")
+    fetch.add_argument("--path", default="data", help="folder in the repository (default: data)")
+    fetch.add_argument("--to", type=Path, required=True, help="folder for data versions; this one is named by its hash")
+    fetch.set_defaults(command=_fetch_data)
+
+    publish = commands.add_parser("publish-data", help="add approved synthetic images as a new data version")
+    publish.add_argument("--bundle", type=Path, required=True, help="the bundle that made and approves them")
+    publish.add_argument("--batch", type=Path, nargs="+", required=True, help="folders of synthetic images")
+    publish.add_argument("--repo", required=True, help="git repository, URL or folder, whose images DVC keeps")
+    publish.add_argument("--branch", default="main", help="branch that gets the commit (default: main)")
+    publish.add_argument("--path", default="synthetic", help="folder in the repository (default: synthetic)")
+    publish.set_defaults(command=_publish_data)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -235,6 +253,25 @@ def _generate(arguments: argparse.Namespace) -> None:
     a = arguments
     generate_folder(a.bundle, a.label, a.n, a.seed, a.truncation, a.out)
     print(f"{a.n} synthetic images of {a.label} -> {a.out}")
+
+
+def _fetch_data(arguments: argparse.Namespace) -> None:
+    from raresynth.versions.fetch import fetch_data
+
+    report = fetch_data(arguments.repo, arguments.rev, arguments.path, arguments.to)
+    size = f"{report.n_files} files, {report.n_bytes} bytes"
+    print(f"{report.path} {report.md5} of commit {report.commit}, {size} -> {report.folder}")
+
+
+def _publish_data(arguments: argparse.Namespace) -> None:
+    from raresynth.versions.publish import publish_data
+
+    a = arguments
+    report = publish_data(a.bundle, a.batch, a.repo, a.branch, a.path)
+    for entry in report.sets:
+        print(f"{entry.n_images} synthetic images of {entry.label} -> {report.path}/{entry.folder}")
+    what = "published" if report.n_new else "all of it was published before, no new commit"
+    print(f"{report.path} {report.md5} of commit {report.commit} on {report.branch}: {what}")
 
 
 def _audit(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
 from raresynth.audit.findings import Link
@@ -13,12 +14,14 @@ from raresynth.bundle.contents import open_bundle
 from raresynth.bundle.sampler import Sampler
 from raresynth.dataset.images import Pixels
 from raresynth.dataset.manifest import read_synthetic
-from raresynth.errors import CheckpointError
+from raresynth.errors import CheckpointError, DataError
 from raresynth.gan.latents import CHUNK
 from raresynth.gan.png import Provenance, read_provenance
 
 ROUNDING = 1
 """Levels of 255 by which a pixel may differ: a run's images were drawn by torch, a bundle's by onnxruntime."""
+NEEDED = ("path", "label", "generator", "seed", "index", "truncation", "sha256")
+"""Columns of a manifest by which its images can be checked."""
 
 
 class Generators:
@@ -58,13 +61,16 @@ def audit_batch(folder: Path, bundle: Path) -> Link:
     """Check a folder of synthetic images beside a manifest.csv, as `generate` and `synthesize` leave it.
 
     Raises:
-        DataError: the folder has no manifest.
+        DataError: the folder has no manifest of synthetic images.
         CheckpointError: `bundle` is no bundle, or was changed.
     """
     link, generators = Link(f"synthetic images {folder}"), Generators(bundle)
     table = read_synthetic(folder / "manifest.csv", "generate")
-    # synthesize names its files from the folder above, where all classes lie side by side.
-    root = folder if all((folder / path).exists() for path in table["path"][:1]) else folder.parent
+    if missing := [column for column in NEEDED if column not in table]:
+        raise DataError(
+            f"{folder / 'manifest.csv'} lists no synthetic images: it has no {', '.join(missing)}; name others"
+        )
+    root = root_of(folder, table)
     for row in table.to_dict("records"):
         name, path = str(row["path"]), root / str(row["path"])
         said = Provenance(row["generator"], row["label"], int(row["seed"]), int(row["index"]), float(row["truncation"]))
@@ -79,6 +85,12 @@ def audit_batch(folder: Path, bundle: Path) -> Link:
     for path in sorted(path for path in folder.rglob("*.png") if path.resolve() not in listed):
         link.check(path.relative_to(folder).as_posix(), False, "is not in manifest.csv")
     return _summed_up(link, len(table))
+
+
+def root_of(folder: Path, table: pd.DataFrame) -> Path:
+    """Where the paths in a batch's manifest begin."""
+    # synthesize names its files from the folder above, where all classes lie side by side.
+    return folder if all((folder / path).exists() for path in table["path"][:1]) else folder.parent
 
 
 def provenance(content: bytes) -> Provenance | None:

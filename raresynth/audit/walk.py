@@ -1,7 +1,6 @@
 """One audit: of a bundle, a batch of synthetic images or one image, as far back as what is at hand leads."""
 
-import hashlib
-import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,10 @@ from raresynth.audit.bundle import audit_bundle
 from raresynth.audit.findings import Link
 from raresynth.audit.image import audit_image
 from raresynth.audit.synthetic import audit_batch
-from raresynth.audit.versions import Repository
 from raresynth.bundle.contents import Bundle, check_digest
 from raresynth.errors import CheckpointError, DataError, ParamsError
 from raresynth.lineage import dvc_dir_md5, read_report, walk
+from raresynth.versions.repository import Repository, cloned, md5_file
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def audit(subject: Subject) -> Link:
     for folder in (subject.bundle, subject.batch, subject.data):
         if folder is not None and not folder.is_dir():
             raise DataError(f"the folder {folder} does not exist; name another one")
-    with tempfile.TemporaryDirectory() as scratch:
-        repository = None if subject.repo is None else Repository(subject.repo, Path(scratch))
+    with nullcontext() if subject.repo is None else cloned(subject.repo) as repository:
         if subject.image is not None:
             return audit_image(subject.image, _versions(subject.data, repository), subject.bundle)
         if subject.bundle is None:
@@ -64,10 +62,15 @@ def _versions(data: Path | None, repository: Repository | None) -> dict[str, dic
     """Name of each data version at hand -> md5 of each of its files -> path."""
     if data is not None:
         files = [above / name for above, names in walk(data) for name in names]
-        return {f"{data}, {dvc_dir_md5(data)}": {_md5(file): file.relative_to(data).as_posix() for file in files}}
+        return {f"{data}, {dvc_dir_md5(data)}": {md5_file(file): file.relative_to(data).as_posix() for file in files}}
     if repository is None:
         return {}
-    return {f"{v.path} {v.md5}, commit {v.commit[:12]} of {v.date}": repository.files(v) for v in repository.versions()}
+    return {
+        f"{v.path} {v.md5}, commit {v.commit[:12]} of {v.date}": {
+            md5: path for path, md5 in repository.files(v).items()
+        }
+        for v in repository.versions()
+    }
 
 
 def _audit_bundle(folder: Path, data: Path | None, repository: Repository | None) -> Link:
@@ -88,8 +91,3 @@ def _audit_bundle(folder: Path, data: Path | None, repository: Repository | None
     if lineage.commit is not None and repository.holds(lineage.commit):
         link.note(f"code's commit {lineage.commit}", f"is in {repository.url}")
     return link
-
-
-def _md5(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

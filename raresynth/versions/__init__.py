@@ -1,0 +1,1 @@
+"""The versions of an image set that DVC keeps in a git repository: found, fetched, published."""
