@@ -1,7 +1,6 @@
 """New images from an approved bundle: made, audited, shown, and published as a data version of their own."""
 
 from kfp import dsl
-from raresynth.versions.publish import publish_data
 
 from components.artifacts import write_text
 from components.inputs import check_name
@@ -12,6 +11,7 @@ from raresynth.bundle.sampler import generate_folder, no_generator
 from raresynth.dataset.manifest import read_synthetic
 from raresynth.errors import CheckpointError
 from raresynth.report.grids import LARGEST_TILE, read_tiles, sheet
+from raresynth.versions.publish import publish_data
 
 SHOWN = 64
 """Images of a batch that its page shows, in rows of 8."""

@@ -5,12 +5,12 @@ import re
 from typing import Any
 
 from kfp import dsl
-from raresynth.versions.fetch import fetch_data
 
 from components.artifacts import write_text
 from components.task import VOLUME, check_code, errors_as_sentences
 from raresynth.config import choose_params
 from raresynth.errors import ParamsError
+from raresynth.versions.fetch import fetch_data
 
 
 def chosen_params(
