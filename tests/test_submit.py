@@ -439,7 +439,11 @@ def test_the_command_says_what_is_wrong_in_one_sentence(package: Path) -> None:
 def test_make_hands_its_variables_on() -> None:
     variables = ["HOST=http://localhost:8080", "PACKAGE=a.yaml", "ARGS=revision=main labels='[\"df\"]' --wait"]
     done = subprocess.run(
-        ["make", "--dry-run", "submit", *variables], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "submit", *variables],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     line = """raresynth submit --host http://localhost:8080 a.yaml revision=main labels='["df"]' --wait"""
     assert done.stdout.splitlines()[-1] == line
