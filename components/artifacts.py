@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ def _pooled_roc(predictions: Path, arm: str, labels: list[str]) -> tuple[list[fl
 
 def copy_page(run: flow.Run, page: dsl.HTML) -> None:
     """The report page."""
-    Path(page.path).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run.store / "report.html", page.path)
+    write_text(page, (run.store / "report.html").read_text(encoding="utf-8"))
 
 
 def write_text(artifact: dsl.Artifact, text: str) -> None:

@@ -24,7 +24,7 @@ def chosen_params(
     with errors_as_sentences():
         check_code(code)
         check_name(name)
-        params = choose_params(preset, _merge_inputs(resolution, classes, _parse(overrides)))
+        params = choose_params(preset, _form(resolution, classes), _parse(overrides))
     write_text(chosen, f"```json\n{params.model_dump_json(indent=2, exclude_defaults=True)}\n```\n")
     return params.model_dump_json()
 
@@ -64,9 +64,8 @@ def _parse(overrides: str) -> dict[str, Any]:
     return parsed
 
 
-def _merge_inputs(resolution: int, classes: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
+def _form(resolution: int, classes: list[str]) -> dict[str, Any]:
     """The form's own fields as overrides; images are made and classified at `resolution`."""
     sides = {"gan": {"resolution": resolution}, "classifier": {"resolution": resolution}} if resolution else {}
     named = {"balance": {"classes": classes}} if classes else {}
-    sections = {**sides, **named}
-    return {name: {**sections.get(name, {}), **overrides.get(name, {})} for name in sections.keys() | overrides.keys()}
+    return sides | named

@@ -9,10 +9,8 @@ from typing import List  # noqa: UP035
 from kfp import dsl
 
 from components import entry, stages
-from pipelines.placement import Place, anywhere
+from pipelines.placement import Graph, Place, anywhere
 from raresynth.lineage import code_hash
-
-Graph = dsl.base_component.BaseComponent
 
 
 class Flow:
@@ -26,9 +24,6 @@ class Flow:
         self.place = place
         self.class_generators = self._class_generators(parallel_tasks)
         self.classifier_arms = self._classifier_arms(parallel_tasks)
-
-    def task(self, component: Graph, **inputs) -> dsl.PipelineTask:
-        return self.place(component(**inputs), component.name)
 
     def _class_generators(self, parallel_tasks: int) -> Graph:
         @dsl.pipeline(name="class-generators", description="A generator a class, its images, and how good they are.")
@@ -45,9 +40,9 @@ class Flow:
             with dsl.ParallelFor(labels, parallelism=parallel_tasks) as label:
                 where = {"label": label, "data": data, "params": params, "store": store, "code": code}
                 checked = {"validation": validation, "encoder": encoder}
-                generator = self.task(stages.finetune, **where, **checked, universal=universal)
-                synthetic = self.task(stages.synthesize, **where, **checked, generator=generator.outputs["record"])
-                self.task(stages.measure, **where, **checked, synthetic=synthetic.outputs["record"])
+                generator = self.place(stages.finetune, **where, **checked, universal=universal)
+                synthetic = self.place(stages.synthesize, **where, **checked, generator=generator.outputs["record"])
+                self.place(stages.measure, **where, **checked, synthetic=synthetic.outputs["record"])
 
         return class_generators
 
@@ -64,7 +59,7 @@ class Flow:
         ):
             with dsl.ParallelFor(arms, parallelism=parallel_tasks) as arm:
                 where = {"arm": arm, "data": data, "params": params, "store": store, "code": code}
-                self.task(stages.train_classifier, **where, validation=validation, decisions=decisions)
+                self.place(stages.train_classifier, **where, validation=validation, decisions=decisions)
 
         return classifier_arms
 
@@ -74,26 +69,26 @@ class Flow:
         Args:
             where: data, params, store and code, as every stage takes them.
         """
-        manifest = self.task(stages.build_manifest, **where)
-        checked = self.task(stages.validate, **where, manifest=manifest.outputs["record"])
+        manifest = self.place(stages.build_manifest, **where)
+        checked = self.place(stages.validate, **where, manifest=manifest.outputs["record"])
         validation = checked.outputs["record"]
-        encoder = self.task(stages.train_encoder, **where, validation=validation).outputs["record"]
-        universal = self.task(stages.pretrain, **where, validation=validation, encoder=encoder).outputs["record"]
+        encoder = self.place(stages.train_encoder, **where, validation=validation).outputs["record"]
+        universal = self.place(stages.pretrain, **where, validation=validation, encoder=encoder).outputs["record"]
         measured = {"validation": validation, "encoder": encoder}
         labels = checked.outputs["Output"]
         classes = self.class_generators(labels=labels, **where, **measured, universal=universal)
-        majority = self.task(stages.synthesize_majority, **where, validation=validation, universal=universal)
-        gated = self.task(stages.gate, **where, validation=validation, majority=majority.outputs["record"]).after(
+        majority = self.place(stages.synthesize_majority, **where, validation=validation, universal=universal)
+        gated = self.place(stages.gate, **where, validation=validation, majority=majority.outputs["record"]).after(
             classes
         )
         decisions = gated.outputs["record"]
         arms = self.classifier_arms(arms=gated.outputs["Output"], **where, validation=validation, decisions=decisions)
-        evaluated = self.task(stages.evaluate, **where, validation=validation, decisions=decisions).after(arms)
+        evaluated = self.place(stages.evaluate, **where, validation=validation, decisions=decisions).after(arms)
         judged = {**measured, "decisions": decisions, "evaluation": evaluated.outputs["record"]}
-        bundle = self.task(stages.package, **where, **judged).after(classes, arms).outputs["record"]
-        self.task(stages.report, **where, **judged, universal=universal, bundle=bundle).after(classes, arms)
+        bundle = self.place(stages.package, **where, **judged).after(classes, arms).outputs["record"]
+        self.place(stages.report, **where, **judged, universal=universal, bundle=bundle).after(classes, arms)
         with dsl.If(evaluated.outputs["Output"] == "real+synthetic", name="synthetic-arm-approved"):
-            self.task(stages.release_synthetic, store=where["store"], bundle=bundle)
+            self.place(stages.release_synthetic, store=where["store"], bundle=bundle)
 
 
 def build_local(parallel_tasks: int) -> Graph:
@@ -139,9 +134,9 @@ def build(parallel_tasks: int, place: Place) -> Graph:
             overrides: Other knobs as JSON, section by section as in params.yaml. They go before the preset.
             name: Name of the run's folder on the volume. A run of the same name goes on where the last one stopped.
         """
-        outcome = flow.task(entry.write_outcome, store=name)
+        outcome = flow.place(entry.write_outcome, store=name)
         with dsl.ExitHandler(outcome, name="flow"):
-            params = flow.task(
+            params = flow.place(
                 entry.choose_params,
                 preset=preset,
                 resolution=resolution,
@@ -150,7 +145,7 @@ def build(parallel_tasks: int, place: Place) -> Graph:
                 name=name,
                 code=code,
             )
-            images = flow.task(entry.fetch_data, repository=repository, revision=revision, path=path).after(params)
+            images = flow.place(entry.fetch_data, repository=repository, revision=revision, path=path).after(params)
             flow.wire(
                 {"data": images.outputs["Output"], "params": params.outputs["Output"], "store": name, "code": code}
             )

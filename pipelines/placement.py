@@ -7,8 +7,9 @@ from kfp import dsl, kubernetes
 from components.task import VOLUME
 from raresynth.config import ClusterConfig, Resources
 
-Place = Callable[[dsl.PipelineTask, str], dsl.PipelineTask]
-"""Settles where a task of the named component runs."""
+Graph = dsl.base_component.BaseComponent
+Place = Callable[..., dsl.PipelineTask]
+"""Component, inputs by name -> a task of it in the pipeline that is being built, settled where it runs."""
 
 USER = 10001
 """Numeric user and group of every task; the images are made for it."""
@@ -32,9 +33,9 @@ _NEVER_CACHED = {"fetch-data", "open-bundle", "generate", "publish-data"}
 """Tasks whose inputs do not name all that they read: a branch moves on, a bundle is replaced."""
 
 
-def anywhere(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+def anywhere(component: Graph, /, **inputs) -> dsl.PipelineTask:
     """For a machine that runs all tasks itself."""
-    return task
+    return component(**inputs)
 
 
 def on_cluster(cluster: ClusterConfig, gpu: bool) -> Place:
@@ -44,7 +45,8 @@ def on_cluster(cluster: ClusterConfig, gpu: bool) -> Place:
         gpu: whether tasks that train are given GPUs; the SDK cannot leave that to the run.
     """
 
-    def place(task: dsl.PipelineTask, name: str) -> dsl.PipelineTask:
+    def place(component: Graph, /, **inputs) -> dsl.PipelineTask:
+        task, name = component(**inputs), component.name
         training = name in _TRAINING
         task.set_container_image(cluster.image)
         task.set_display_name(name.replace("-", " ").capitalize())

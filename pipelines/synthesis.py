@@ -5,10 +5,8 @@ from typing import List  # noqa: UP035
 from kfp import dsl
 
 from components import entry
-from pipelines.placement import Place
+from pipelines.placement import Graph, Place
 from raresynth.lineage import code_hash
-
-Graph = dsl.base_component.BaseComponent
 
 
 def build(parallel_tasks: int, place: Place) -> Graph:
@@ -19,13 +17,10 @@ def build(parallel_tasks: int, place: Place) -> Graph:
     """
     code = code_hash("")
 
-    def task(component: Graph, **inputs) -> dsl.PipelineTask:
-        return place(component(**inputs), component.name)
-
     @dsl.pipeline(name="batches", description="Images of each class.")
     def batches(labels: List[str], run: str, name: str, n: int, seed: int, truncation: float):  # noqa: UP006
         with dsl.ParallelFor(labels, parallelism=parallel_tasks) as label:
-            task(entry.generate, label=label, run=run, name=name, n=n, seed=seed, truncation=truncation)
+            place(entry.generate, label=label, run=run, name=name, n=n, seed=seed, truncation=truncation)
 
     @dsl.pipeline(
         name="raresynth-synthesis",
@@ -56,12 +51,12 @@ def build(parallel_tasks: int, place: Place) -> Graph:
             branch: Branch of it that gets the commit.
             path: Folder of the images in the repository.
         """
-        outcome = task(entry.write_batch_outcome, name=name)
+        outcome = place(entry.write_batch_outcome, name=name)
         with dsl.ExitHandler(outcome, name="batches"):
-            labels = task(entry.open_bundle, run=run, classes=classes, name=name, code=code)
+            labels = place(entry.open_bundle, run=run, classes=classes, name=name, code=code)
             made = batches(labels=labels.output, run=run, name=name, n=n, seed=seed, truncation=truncation)
             with dsl.If(repository != "", name="publish"):
-                task(entry.publish_data, name=name, run=run, repository=repository, branch=branch, path=path).after(
+                place(entry.publish_data, name=name, run=run, repository=repository, branch=branch, path=path).after(
                     made
                 )
 

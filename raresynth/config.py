@@ -4,6 +4,7 @@
 edit; `tests/test_config.py` keeps the two equal. An unknown or out-of-range knob is an error that names it.
 """
 
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -338,11 +339,11 @@ def preset_names() -> list[str]:
     return ["demo", *sorted(path.stem for path in (_TOP / "params").glob("*.yaml"))]
 
 
-def choose_params(preset: str, overrides: dict[str, Any]) -> Params:
+def choose_params(preset: str, *overrides: dict[str, Any]) -> Params:
     """A preset with some knobs changed.
 
     Args:
-        overrides: section -> knob -> value, as in a params file.
+        overrides: section -> knob -> value, as in a params file; the later ones go before the earlier ones.
 
     Raises:
         ParamsError: there is no such preset, or an override is unknown or impossible.
@@ -350,7 +351,7 @@ def choose_params(preset: str, overrides: dict[str, Any]) -> Params:
     if preset not in preset_names():
         raise ParamsError(f"there is no preset {preset!r}; choose from {', '.join(preset_names())}")
     raw = _read(_TOP / "params.yaml" if preset == "demo" else _TOP / "params" / f"{preset}.yaml")
-    return _params_of(_check(_merge(raw, overrides), f"preset {preset} with its overrides"))
+    return _params_of(_check(reduce(_merge, overrides, raw), f"preset {preset} with its overrides"))
 
 
 _TOP = Path(__file__).parents[1]

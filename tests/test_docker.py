@@ -117,7 +117,7 @@ def test_the_commands_help_is_shown(image: str) -> None:
 def test_an_image_keeps_nothing_of_its_making(image: str) -> None:
     history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
     assert HOST.search(history) is None
-    unwanted = r"-name pip.conf -o -name .netrc -o -path /root/.cache -o -path '/run/secrets/*' -o -path '/tmp/*'"
+    unwanted = r"-name pip.conf -o -name .netrc -o -name .cache -o -path '/run/secrets/*' -o -path '/tmp/*'"
     open_to_all = r"-perm -0002 \( -type f -o -type d ! -perm -1000 \)"
     search = f"find / -xdev \\( {unwanted} -o {open_to_all} \\) -print"
     assert docker("run", "--rm", "--user", "0:0", "--network", "none", image, "sh", "-c", search) == ""
