@@ -85,13 +85,19 @@ def walk(folder: Path, skip: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[
 
 def dvc_dir_md5(folder: Path) -> str:
     """The `.dir` hash that `dvc add` gives to `folder`: md5 of the JSON list of its files' md5."""
-    entries = []
-    for path in _files(folder):
-        with path.open("rb") as file:
-            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        entries.append({"md5": md5, "relpath": path.relative_to(folder).as_posix()})
-    entries.sort(key=lambda entry: entry["relpath"])
+    return dvc_list_md5({path.relative_to(folder).as_posix(): md5_file(path) for path in _files(folder)})
+
+
+def dvc_list_md5(files: Mapping[str, str]) -> str:
+    """The `.dir` hash of a folder whose files have these md5, by path."""
+    entries = [{"md5": files[path], "relpath": path} for path in sorted(files)]
     return hashlib.md5(json.dumps(entries).encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def md5_file(path: Path) -> str:
+    """MD5 of a file's bytes, as DVC names its content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:

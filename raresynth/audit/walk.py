@@ -10,8 +10,8 @@ from raresynth.audit.image import audit_image
 from raresynth.audit.synthetic import audit_batch
 from raresynth.bundle.contents import Bundle, check_digest
 from raresynth.errors import CheckpointError, DataError, ParamsError
-from raresynth.lineage import dvc_dir_md5, read_report, walk
-from raresynth.versions.repository import Repository, cloned, md5_file
+from raresynth.lineage import dvc_dir_md5, md5_file, read_report, walk
+from raresynth.versions.repository import Repository, cloned
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from raresynth.errors import DataError
-from raresynth.lineage import Report, dvc_dir_md5, walk, write_report
-from raresynth.versions.repository import Repository, Version, cloned, md5_file
+from raresynth.lineage import Report, dvc_dir_md5, md5_file, walk, write_report
+from raresynth.versions.repository import Repository, Version, cloned
 
 
 class FetchReport(Report):

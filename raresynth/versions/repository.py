@@ -10,7 +10,6 @@ A whole `dvc pull` in a clone is the fastest way to the images: 10,000 small fil
 """
 
 import configparser
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from raresynth.errors import DataError
+from raresynth.lineage import dvc_list_md5
 
 _DVC = (sys.executable, "-P", "-m", "dvc")  # -P, lest a folder of the repository is taken for a package
 
@@ -148,9 +148,7 @@ class Repository:
         what = f"list {version.path} of commit {version.commit[:12]} from"
         entries = json.loads(self.dvc("list", "--recursive", "--show-hash", "--json", ".", version.path, what=what))
         files = {entry["path"]: entry["md5"] for entry in entries if entry.get("md5")}
-        # As in lineage.dvc_dir_md5: DVC itself does not look whether the list is the right one.
-        listed = json.dumps([{"md5": files[path], "relpath": path} for path in sorted(files)])
-        md5 = hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir"
+        md5 = dvc_list_md5(files)  # DVC itself does not look whether the list is the right one
         if md5 != version.md5:
             what = f"the DVC remote of {self.url} lists {md5} as the files of {version.path} {version.md5}"
             raise DataError(f"{what}: its list was changed there; put the original back from a good copy")
@@ -228,12 +226,6 @@ def without_credentials(url: str) -> str:
     user, _, host = parts.netloc.rpartition("@")
     name = user.partition(":")[0] + "@" if user and "ssh" in parts.scheme else ""
     return parts._replace(netloc=name + host).geturl() if user else url
-
-
-def md5_file(path: Path) -> str:
-    """MD5 of a file, as DVC names its content."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def reason(done: subprocess.CompletedProcess[str]) -> str:
