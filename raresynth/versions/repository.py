@@ -243,7 +243,8 @@ def _printed(done: subprocess.CompletedProcess[str], what: str, cure: str) -> st
 
 def _environment(url: str, shown: str, databases: Path) -> dict[str, str]:
     """For git and DVC. Only here does a URL keep its credentials: in no argument, and in no file of the clone."""
-    settings = os.environ | {"LC_ALL": "C", "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(databases)}
+    settings = {"USER": "raresynth"}  # DVC asks for a name, which the numeric user of a container has not
+    settings |= os.environ | {"LC_ALL": "C", "DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(databases)}
     if url == shown:
         return settings
     n = int(os.environ.get("GIT_CONFIG_COUNT", "0"))
