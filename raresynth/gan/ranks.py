@@ -47,7 +47,7 @@ Argument = TypeVar("Argument")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a training. All ranks call the same methods in the same order."""
+    """One process among those of a training. All ranks call the same methods in the same order."""
 
     rank: int
     world: int
@@ -59,7 +59,7 @@ class Ranks:
         return self.rank == 0
 
     def own(self, batch: Tensor, axis: int = 0) -> Tensor:
-        """This rank's part of what is the same in all of them; the parts are equal and contiguous."""
+        """The rank's part of what is the same in all of them; the parts are equal and contiguous."""
         return batch.chunk(self.world, axis)[self.rank]
 
     def total(self, values: Tensor) -> Tensor:
