@@ -15,6 +15,7 @@ import torch
 
 from raresynth.config import GanConfig
 from raresynth.gan.presets import PRESETS, resolve
+from raresynth.gan.rng import Rng
 from raresynth.gan.training import new_game
 
 RESOLUTIONS = (32, 64, 128, 256)
@@ -26,7 +27,7 @@ def images_per_s(config: GanConfig, device: str, finetuning: bool, seconds: floa
     """Images shown a second over rounds of whole penalty intervals, after one round to warm up."""
     settings = resolve(config)
     game = new_game(settings, 7, 0, device, finetuning)
-    rng = torch.Generator(device).manual_seed(0)
+    rng = Rng(torch.Generator(device).manual_seed(0))
     shape = (settings.batch_size, settings.resolution, settings.resolution, 3)
     real = torch.rand(shape, device=device).permute(0, 3, 1, 2) * 2 - 1
     labels = torch.arange(settings.batch_size, device=device) % 7

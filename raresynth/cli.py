@@ -11,7 +11,7 @@ from typing import NoReturn
 from raresynth import flow
 from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, CheckpointError, DataError, ParamsError, RaresynthError, describe
-from raresynth.processes import only_run_of
+from raresynth.processes import leads, only_run_of, rank_and_world
 
 EXIT_BROKEN = 1
 EXIT_USER_ERROR = 2
@@ -37,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2: an error that the user can cure)."""
     arguments = _parser().parse_args(argv)
     try:
+        _check_ranks(arguments)
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
     except (RaresynthError, OSError) as error:
-        print(f"raresynth: {describe(error)}", file=sys.stderr)
+        who = "raresynth" if leads() else f"raresynth, rank {rank_and_world()[0]}"
+        print(f"{who}: {describe(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"raresynth: {INTERRUPTED}", file=sys.stderr)
@@ -148,6 +150,11 @@ def _add_version_commands(commands: "argparse._SubParsersAction[argparse.Argumen
     publish.set_defaults(command=_publish_data)
 
 
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    if rank_and_world()[1] > 1 and getattr(arguments, "stage", None) != "pretrain":
+        raise ParamsError("torchrun starts several processes, and only pretrain shares its work; start this without it")
+
+
 def _run(arguments: argparse.Namespace) -> None:
     _open_run(arguments.data, arguments.params, arguments.out)
     _hand_over("pipelines.run", arguments.data, arguments.params, arguments.out)
@@ -176,7 +183,7 @@ def _stage(arguments: argparse.Namespace) -> None:
             records = [flow.execute(arguments.stage, run, arguments.item)]
         else:
             records = flow.execute_all(arguments.stage, run)
-    for record in records:
+    for record in records if leads() else []:
         name = record.stage if record.item == flow.ALL else f"{record.stage} {record.item}"
         print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
     if arguments.stage == "report":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raresynth import lineage
 from raresynth.config import Params
 from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages, describe
-from raresynth.processes import limit_threads, prepare_worker
+from raresynth.processes import leads, limit_threads, prepare_worker, rank_and_world
 from raresynth.progress import lines_only
 
 if TYPE_CHECKING:
@@ -132,12 +132,13 @@ def _build_manifest(task: Task) -> Outcome:
 
 def _validate(task: Task) -> Outcome:
     from raresynth.dataset.expectations import validate
-    from raresynth.gan.presets import resolve
+    from raresynth.gan.presets import check_ranks, resolve
 
-    _named_files(task.run.params, ("classifier", "quality"))  # better now than after hours of training
-    resolve(task.run.params.gan)
+    params = task.run.params  # whose mistakes are better found now than after hours of training
+    _named_files(params, ("classifier", "quality"))
+    check_ranks(resolve(params.gan), params.compute.ranks)
     manifest = task.path("build-manifest") / "manifest.csv"
-    validate(task.run.data_dir, manifest, task.out_dir, task.run.params.validation)
+    validate(task.run.data_dir, manifest, task.out_dir, params.validation)
     return DONE
 
 
@@ -152,20 +153,26 @@ def _train_encoder(task: Task) -> Outcome:
 
 
 def _pretrain(task: Task) -> Outcome:
+    from raresynth.gan.ranks import joined, launch
     from raresynth.gan.training import pretrain
 
     run = task.run
-    report = pretrain(
-        run.data_dir,
-        task.manifest,
-        task.out_dir,
-        run.params.gan,
-        run.params.seed,
-        task.device,
-        run.packed,
-        run.params.compute.checkpoint_every_s,
-        _judge(task),
-    )
+    n = run.params.compute.ranks
+    if n > 1 and rank_and_world() == (0, 1):  # torchrun, where it started this, has said how many
+        return launch(n, _pretrain, task)
+    with joined(task.device) as ranks:
+        report = pretrain(
+            run.data_dir,
+            task.manifest,
+            task.out_dir,
+            run.params.gan,
+            run.params.seed,
+            task.device,
+            run.packed,
+            run.params.compute.checkpoint_every_s,
+            _judge(task),
+            ranks,
+        )
     return DONE if report.status == "trained" else ("failed", f"universal generator: {report.reason or report.status}")
 
 
@@ -551,6 +558,8 @@ def record_path(store: Path, stage: str, item: str = ALL) -> Path:
 def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | None = None) -> Record:
     """Run one stage for one item, unless its finished result is already there.
 
+    Under torchrun, as `pretrain` may be, all ranks call this alike and the first writes the record.
+
     Args:
         given: records handed over by the caller, by stage; others are read from the run's folder.
 
@@ -592,7 +601,8 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
         output=place,
         files={p.relative_to(run.store).as_posix(): lineage.sha256_file(p) for p in left},
     )
-    lineage.write_report(path, record)
+    if leads():
+        lineage.write_report(path, record)
     return record
 
 
@@ -704,14 +714,15 @@ def _logged(run: Run, name: str) -> Iterator[None]:
 
 @contextmanager
 def edit_run_json(store: Path) -> Iterator[dict[str, Any]]:
-    """Read run.json, and write it back changed; processes take turns."""
+    """Read run.json, and write it back changed; processes take turns, and of several ranks the first alone writes."""
     store.mkdir(parents=True, exist_ok=True)
     path = store / "run.json"
     with (store / ".run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         log = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"run_id": str(uuid.uuid4())}
         yield log
-        lineage.write_json(path, log)
+        if leads():
+            lineage.write_json(path, log)
 
 
 def note_start(run: Run, params_path: Path) -> None:

@@ -31,13 +31,27 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process among those that torchrun started for a training, and how many they are; alone 0 and 1."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), world) if world > 1 else (0, 1)
+
+
+def leads() -> bool:
+    """Whether this process writes what is to be written once: alone, or as the first of the ranks."""
+    return rank_and_world()[0] == 0
+
+
 @contextmanager
 def only_run_of(store: Path) -> Iterator[None]:
-    """Within the block no other process works in this run's folder.
+    """Within the block no other process works in this run's folder, but for the ranks of one training.
 
     Raises:
         RaresynthError: another one does.
     """
+    if not leads():  # torchrun ends it where the first rank is refused
+        yield
+        return
     store.mkdir(parents=True, exist_ok=True)
     with (store / ".lock").open("w") as lock:
         try:

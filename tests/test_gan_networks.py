@@ -5,6 +5,7 @@ from raresynth.config import GanConfig
 from raresynth.errors import MemoryLimitError, ParamsError
 from raresynth.gan.augmentation import POLICIES, Policy, changed, symmetric
 from raresynth.gan.presets import check_memory, resolve
+from raresynth.gan.rng import Rng
 from raresynth.gan.seed_paper.game import SeedPaperGame
 from raresynth.gan.seed_paper.networks import Discriminator, Generator, pooled_features
 
@@ -88,6 +89,10 @@ def test_a_full_barlow_matrix_over_the_limit_is_refused():
     check_memory(resolve(GanConfig(preset="dcgan-base", memory_limit_mb=1, barlow_alpha=0.0)), 513)
 
 
+def seeded(seed):
+    return Rng(torch.Generator().manual_seed(seed))
+
+
 def some_images(n=8, side=32):
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -95,10 +100,7 @@ def some_images(n=8, side=32):
 @pytest.mark.parametrize("policy", ["none", *POLICIES])
 def test_augmentation_depends_on_its_generator_alone_and_lets_gradients_through(policy):
     images = some_images().requires_grad_()
-    first, second = (
-        changed(symmetric(images, policy, rng), policy, rng)
-        for rng in (torch.Generator().manual_seed(1), torch.Generator().manual_seed(1))
-    )
+    first, second = (changed(symmetric(images, policy, rng), policy, rng) for rng in (seeded(1), seeded(1)))
     assert first.shape == images.shape
     assert torch.equal(first, second)
     torch.autograd.backward(first.square().sum())
@@ -110,7 +112,7 @@ def test_augmentation_depends_on_its_generator_alone_and_lets_gradients_through(
 def test_symmetries_are_exactly_the_flips_and_quarter_turns(policy, count):
     images = some_images(64)
     seen = set()
-    for image, out in zip(images, symmetric(images, policy, torch.Generator().manual_seed(3)), strict=True):
+    for image, out in zip(images, symmetric(images, policy, seeded(3)), strict=True):
         views = {(k, f): torch.rot90(image.flip(2) if f else image, k, (1, 2)) for k in range(4) for f in (False, True)}
         matches = [name for name, view in views.items() if torch.equal(view, out)]
         assert len(matches) == 1
@@ -122,7 +124,7 @@ def test_symmetries_are_exactly_the_flips_and_quarter_turns(policy, count):
 def change(images: torch.Tensor, monkeypatch, **ranges: float) -> torch.Tensor:
     still = dict.fromkeys(("rotation", "shift", "brightness", "contrast", "saturation", "hue"), 0.0)
     monkeypatch.setitem(POLICIES, "test", Policy(quarter_turns=False, **{**still, **ranges}))
-    return changed(images, "test", torch.Generator().manual_seed(0))
+    return changed(images, "test", seeded(0))
 
 
 def test_without_ranges_nothing_changes(monkeypatch):

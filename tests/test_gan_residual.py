@@ -9,6 +9,7 @@ from raresynth.gan.residual import game as residual_game
 from raresynth.gan.residual.game import ResidualGame
 from raresynth.gan.residual.losses import gradient_penalty, relativistic
 from raresynth.gan.residual.networks import Discriminator, Generator, SkipLayerExcitation, UpBlock
+from raresynth.gan.rng import Rng
 
 LABELS = torch.tensor([0, 1, 2, 1])
 SMALL = {"resolution": 32, "latent_dim": 8, "width": 4, "batch_size": 4, "precision": "fp32"}
@@ -22,8 +23,8 @@ def images(n=4, side=32, seed=0) -> torch.Tensor:
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def rng(seed=0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def rng(seed=0) -> Rng:
+    return Rng(torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
@@ -84,7 +85,7 @@ def test_relativistic_loss_by_hand_and_unmoved_by_a_common_shift():
 
 def test_penalty_is_the_mean_squared_gradient_of_a_judge_known_by_hand():
     # D(x) = a . x has gradient a everywhere, and |x|^2 / 2 has x.
-    a, x = torch.randn(3, 4, 4, generator=rng()), images(2, 4)
+    a, x = rng().normal(3, 4, 4), images(2, 4)
     torch.testing.assert_close(gradient_penalty(lambda seen: (seen * a).flatten(1).sum(1), x), a.square().sum())
     torch.testing.assert_close(
         gradient_penalty(lambda seen: seen.square().flatten(1).sum(1) / 2, x), x.square().sum() / 2

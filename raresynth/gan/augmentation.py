@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raresynth.gan.rng import Rng
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -41,7 +43,7 @@ POLICIES: dict[str, Policy] = {
 _GREY = (0.299, 0.587, 0.114)
 
 
-def symmetric(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
+def symmetric(images: Tensor, policy: str, rng: Rng) -> Tensor:
     """A random one of each real image's mirror images (and quarter turns); exact; `images` (N, 3, R, R)."""
     if policy == "none":
         return images
@@ -52,16 +54,16 @@ def symmetric(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
     return images
 
 
-def _some(images: Tensor, others: Tensor, rng: torch.Generator) -> Tensor:
-    return torch.where(torch.rand(len(images), 1, 1, 1, generator=rng, device=rng.device) < 0.5, images, others)
+def _some(images: Tensor, others: Tensor, rng: Rng) -> Tensor:
+    return torch.where(rng.uniform(len(images), 1, 1, 1) < 0.5, images, others)
 
 
-def changed(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
+def changed(images: Tensor, policy: str, rng: Rng) -> Tensor:
     """Each image rotated, shifted and tinted at random; (N, 3, R, R) in [-1, 1], which tints may leave slightly.
 
     Args:
         policy: a name in `POLICIES`, or "none".
-        rng: generator on the images' device.
+        rng: on the images' device.
     """
     if policy == "none":
         return images
@@ -69,29 +71,30 @@ def changed(images: Tensor, policy: str, rng: torch.Generator) -> Tensor:
     return _tinted(_moved(images, chosen, rng), chosen, rng)
 
 
-def _uniform(n: int, limit: float, rng: torch.Generator) -> Tensor:
-    return (torch.rand(n, generator=rng, device=rng.device) * 2.0 - 1.0) * limit
+def _within(limit: float, share: Tensor) -> Tensor:
+    """From -limit to limit, by shares from 0 to 1."""
+    return (share * 2.0 - 1.0) * limit
 
 
-def _moved(images: Tensor, policy: Policy, rng: torch.Generator) -> Tensor:
+def _moved(images: Tensor, policy: Policy, rng: Rng) -> Tensor:
     """Rotate and shift in one bilinear resampling; what leaves the frame is mirrored in."""
     n, side = len(images), images.shape[-1]
-    angle = _uniform(n, math.radians(policy.rotation), rng)
-    shift = (_uniform(2 * n, policy.shift * side, rng).round() * (2.0 / side)).view(2, n)
+    angle = _within(math.radians(policy.rotation), rng.uniform(n))
+    shift = _within(policy.shift * side, rng.uniform(2, n, images=1)).round() * (2.0 / side)
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], 1).view(n, 2, 3)
     grid = F.affine_grid(matrix, [n, 3, side, side], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _tinted(images: Tensor, policy: Policy, rng: torch.Generator) -> Tensor:
+def _tinted(images: Tensor, policy: Policy, rng: Rng) -> Tensor:
     """Brightness, contrast, saturation and hue as one affine map of RGB an image."""
     n = len(images)
     brightness, contrast, saturation = (
-        (1.0 + _uniform(n, limit, rng)).view(n, 1, 1)
+        (1.0 + _within(limit, rng.uniform(n))).view(n, 1, 1)
         for limit in (policy.brightness, policy.contrast, policy.saturation)
     )
-    hue = _uniform(n, 2 * math.pi * policy.hue, rng).view(n, 1, 1)
+    hue = _within(2 * math.pi * policy.hue, rng.uniform(n)).view(n, 1, 1)
     grey = images.new_tensor(_GREY).expand(3, 3)
     identity = torch.eye(3, device=images.device)
     # Rotation about the grey axis (1, 1, 1) / sqrt(3), Rodrigues' formula.

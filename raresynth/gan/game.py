@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from raresynth.gan.presets import GanSettings
+from raresynth.gan.ranks import ALONE, Ranks
+from raresynth.gan.rng import Rng
 
 Settings = TypeVar("Settings", bound=GanSettings)
 
@@ -25,9 +27,11 @@ class Game(ABC, Generic[Settings]):
 
     losses: ClassVar[tuple[str, ...]]
 
-    def __init__(self, settings: Settings, n_classes: int, seed: int, device: str, finetuning: bool) -> None:
-        """Fresh networks; equal seeds give equal weights on every device."""
-        self.settings, self.finetuning = settings, finetuning
+    def __init__(
+        self, settings: Settings, n_classes: int, seed: int, device: str, finetuning: bool, ranks: Ranks = ALONE
+    ) -> None:
+        """Fresh networks; equal seeds give equal weights on every device and in every rank."""
+        self.settings, self.finetuning, self.ranks = settings, finetuning, ranks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             generator, discriminator = self.build(settings, n_classes)
@@ -52,17 +56,24 @@ class Game(ABC, Generic[Settings]):
         """Generator and discriminator, initialised; the discriminator has a method freeze(n_blocks)."""
 
     @abstractmethod
-    def step(self, real: Tensor, labels: Tensor, rng: torch.Generator, step: int, steps: int) -> Tensor:
+    def step(self, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:
         """Update each network once.
 
         Args:
-            real: (N, 3, R, R) in [-1, 1].
+            real: (N, 3, R, R) in [-1, 1], this rank's part of the batch.
             labels: (N,) class numbers of the reals.
             step, steps: this step, counted from 0, of how many.
 
         Returns:
-            `losses`, fp32.
+            `losses` on this rank's part, fp32.
         """
+
+    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """One step of an optimizer down a loss; over several ranks down its mean."""
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.ranks.average_gradients(p for group in optimizer.param_groups for p in group["params"])
+        optimizer.step()
 
     def rate(self, progress: float) -> float:
         """Factor on the learning rate when this part of the training is done."""
@@ -112,13 +123,6 @@ class Game(ABC, Generic[Settings]):
 def learned(network: nn.Module) -> list[nn.Parameter]:
     """The parameters that are not frozen."""
     return [p for p in network.parameters() if p.requires_grad]
-
-
-def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of an optimizer down a loss."""
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    optimizer.step()
 
 
 @contextmanager

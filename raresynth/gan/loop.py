@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raresynth.errors import TrainingCollapse
+from raresynth.errors import CheckpointError, TrainingCollapse
 from raresynth.gan.batches import Batches
 from raresynth.gan.game import Game
+from raresynth.gan.rng import Rng
 from raresynth.lineage import Report
-from raresynth.progress import progress
+from raresynth.progress import Advance, progress
 from raresynth.training_state import flatten_optimizer, load_state, part, prefixed, restore_optimizer, save_state
 
 CHECK_EVERY_STEPS = 25
@@ -86,7 +89,7 @@ class Course:
     """How far a training has come, and what it can go back to.
 
     Attributes:
-        losses: (steps, number of losses), filled up to `step`.
+        losses: (steps, number of losses), filled up to `step`; of this rank until they are checked, then of all.
         last: the game's tensors but for its optimizers' at `last_step`, the latest snapshot.
         best: the same at the snapshot of least mean KID.
     """
@@ -103,20 +106,24 @@ class Course:
 
 
 def train(task: Task) -> Course:
-    """Train from the last saved state, if there is one, to the end or a collapse that going back did not cure."""
+    """Train from the last saved state, if there is one, to the end or a collapse that going back did not cure.
+
+    All ranks take the same decisions: rank 0 looks at the clock, and losses are checked as means over ranks.
+    """
+    ranks = task.game.ranks
     course = Course(torch.zeros(task.steps, len(task.game.losses), device=task.images.device))
     _resume(task, course)
     if course.step == 0 and task.snapshot_steps is not None:
         _snapshot(task, course)
     checked, saved_at = course.step, time.monotonic()
-    total, done = task.batches.images_before(task.steps), task.batches.images_before(course.step)
-    with progress(task.name, total, "images", done) as advance:
+    with _shown(task, course) as advance:
         while course.step < task.steps:
             _step(task, course)
-            due = time.monotonic() - saved_at >= task.checkpoint_every_s
+            due = ranks.by_first(partial(_is_due, task, saved_at))
             regular = course.step % CHECK_EVERY_STEPS == 0 or course.step == task.steps
             if not (due or regular):
                 continue
+            course.losses[checked : course.step] = ranks.mean(course.losses[checked : course.step])
             collapse = _collapse(task, course, checked)
             if collapse is not None:
                 if not _roll_back(task, course, collapse):
@@ -137,20 +144,33 @@ def train(task: Task) -> Course:
     return course
 
 
+def _is_due(task: Task, saved_at: float) -> bool:
+    return time.monotonic() - saved_at >= task.checkpoint_every_s
+
+
+def _shown(task: Task, course: Course) -> AbstractContextManager[Advance]:
+    """The progress of all ranks together, by the first of them."""
+    total, done = task.batches.images_before(task.steps), task.batches.images_before(course.step)
+    if not task.game.ranks.is_first:
+        return nullcontext(lambda n=1, note="": None)
+    return progress(task.name, total, "images", done)
+
+
 def _step(task: Task, course: Course) -> None:
     game, step = task.game, course.step
-    indices = torch.from_numpy(task.batches.indices(step)).to(task.images.device)
+    batch = task.batches.indices(step)
+    indices = game.ranks.own(torch.from_numpy(batch)).to(task.images.device)
     real = task.images[indices].permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    rng = _step_rng(task.seed, step, task.images.device)
+    rng = Rng(_generator(task.seed, step, task.images.device), game.ranks)
     game.schedule(step / task.steps)
     course.losses[step] = game.step(real, task.labels[indices], rng, step, task.steps)
     course.step = step + 1
     shown = task.batches.images_before(course.step)
     half_life = min(game.settings.ema_half_life_kimg * 1000, EMA_RAMP * shown)
-    game.average(0.5 ** (len(real) / half_life))
+    game.average(0.5 ** (len(batch) / half_life))
 
 
-def _step_rng(seed: int, step: int, device: torch.device) -> torch.Generator:
+def _generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Random numbers of a step, a function of seed and step alone."""
     words = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0] >> 1))
@@ -196,7 +216,7 @@ def _snapshot(task: Task, course: Course) -> None:
     snapshot = Snapshot(
         step=course.step,
         kimg=kimg,
-        kid=dict(task.score(game.generator_ema)),
+        kid=game.ranks.by_first(lambda: dict(task.score(game.generator_ema))),
         augmentation_strength=float(game.extra_state()["augmentation_strength"]),
     )
     kid = snapshot.mean_kid
@@ -225,6 +245,8 @@ def _put_back(game: Game[Any], tensors: Mapping[str, Tensor]) -> None:
 
 def _save(task: Task, course: Course) -> None:
     game = task.game
+    if not game.ranks.is_first:
+        return
     tensors = {
         **_tensors(game),
         **flatten_optimizer("g_optimizer", game.g_optimizer),
@@ -244,12 +266,24 @@ def _save(task: Task, course: Course) -> None:
 
 
 def _resume(task: Task, course: Course) -> None:
-    """Put back the state of this very training if there is one."""
-    state = load_state(task.out_dir, task.meta, task.images.device.type)
-    if state is None:
-        return
-    tensors, saved = state
-    game = task.game
+    """Put back the state of this very training if there is one, by however many ranks it was left.
+
+    Raises:
+        CheckpointError: the ranks see different states.
+    """
+    state = load_state(task.out_dir, task.meta, str(task.images.device))
+    if state is not None:
+        _restore(task.game, course, *state)
+    ranks = task.game.ranks
+    first = ranks.by_first(lambda: course.step)
+    if first != course.step:
+        raise CheckpointError(
+            f"{task.out_dir} holds a state of step {first} for rank 0 and of step {course.step} for rank {ranks.rank}; "
+            "give all ranks one shared folder"
+        )
+
+
+def _restore(game: Game[Any], course: Course, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     course.rollbacks = [Rollback.model_validate(r) for r in saved["rollbacks"]]
     if course.rollbacks:
         game.start_optimizers(course.rollbacks[-1].learning_rate)

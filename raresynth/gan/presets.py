@@ -1,11 +1,15 @@
 """The presets as one table: what they set where a GanConfig leaves a knob at null."""
 
+import math
 from typing import Any, Literal
 
 from raresynth.config import Config, GanConfig
 from raresynth.errors import MemoryLimitError, ParamsError
 
 _SEED_PAPER: dict[str, Any] = {"width": 24, "batch_size": 16, "learning_rate": 2e-4, "betas": (0.5, 0.999)}
+
+DEVIATION_GROUP = 8
+"""Images behind one minibatch standard deviation, at most."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "raresynth": {
@@ -82,6 +86,11 @@ class ResidualSettings(GanSettings):
     class_power: float
     snapshots: int
 
+    @property
+    def deviation_group(self) -> int:
+        """Images behind one minibatch standard deviation; divides the batch."""
+        return math.gcd(self.batch_size, DEVIATION_GROUP)
+
 
 class SeedPaperSettings(GanSettings):
     """Of the presets `stgan-lite` and `dcgan-base`."""
@@ -111,6 +120,26 @@ def resolve(config: GanConfig) -> ResidualSettings | SeedPaperSettings:
     if unknown := sorted(knobs.keys() - settings.model_fields.keys()):
         raise ParamsError(f"gan.{unknown[0]} is no knob of the preset {config.preset}; leave it at null")
     return settings(**{**PRESETS[config.preset], **knobs})
+
+
+def check_ranks(settings: ResidualSettings | SeedPaperSettings, ranks: int) -> None:
+    """Refuse to part the batch over so many processes that they would not train what one does.
+
+    Raises:
+        ParamsError: statistics of the batch, or of a group of its images, would be those of a part.
+    """
+    if ranks == 1:
+        return
+    if isinstance(settings, SeedPaperSettings):
+        raise ParamsError(
+            f"preset {settings.preset} normalises over the whole batch, so that it trains in one process; "
+            f"set compute.ranks to 1, or gan.preset to raresynth"
+        )
+    if settings.batch_size % (ranks * settings.deviation_group):
+        raise ParamsError(
+            f"gan.batch_size is {settings.batch_size}, which {ranks} ranks cannot share in equal parts of whole groups "
+            f"of {settings.deviation_group} images; choose a multiple of {ranks * DEVIATION_GROUP}"
+        )
 
 
 def check_memory(settings: SeedPaperSettings, features: int) -> None:

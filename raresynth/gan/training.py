@@ -23,7 +23,8 @@ from raresynth.gan import loop
 from raresynth.gan.batches import Batches, Draws, Passes
 from raresynth.gan.game import Game
 from raresynth.gan.judge import Judge
-from raresynth.gan.presets import ResidualSettings, SeedPaperSettings, resolve
+from raresynth.gan.presets import ResidualSettings, SeedPaperSettings, check_ranks, resolve
+from raresynth.gan.ranks import ALONE, Ranks
 from raresynth.gan.residual.game import ResidualGame
 from raresynth.gan.residual.networks import Generator
 from raresynth.gan.sampling import OfClass, generate
@@ -94,6 +95,7 @@ def pretrain(
     cache_dir: Path | None,
     checkpoint_every_s: float,
     judge: Judge,
+    ranks: Ranks = ALONE,
 ) -> GanReport:
     """Stage 1: a GAN on the train images of all classes.
 
@@ -103,14 +105,18 @@ def pretrain(
     Args:
         checkpoint_every_s: seconds between checkpoints of the training state, kept in `out_dir`/state.
         judge: with preset `raresynth` the weights of the snapshot with the least mean KID over the classes are kept.
+        ranks: processes that all call this with the same arguments and share the work; rank 0 writes.
 
     Raises:
+        ParamsError: these ranks cannot share a batch.
         DataError: there is no train image, or one cannot be read.
         MemoryLimitError: the full Barlow loss of fine-tuning would pass `gan.memory_limit_mb`.
     """
     settings = resolve(config)
-    images = _train_images(data_dir, manifest_path, None, settings.resolution, cache_dir)
-    game = new_game(settings, len(images.classes), seed, device, finetuning=False)
+    check_ranks(settings, ranks.world)
+    with ranks.first_ahead():  # it packs the images, which the others then find in the cache
+        images = _train_images(data_dir, manifest_path, None, settings.resolution, cache_dir)
+    game = new_game(settings, len(images.classes), seed, device, finetuning=False, ranks=ranks)
     run = _Run("pretrain", None, settings, seed, None, images, judge)
     return _train(run, game, settings.pretrain_kimg, out_dir, device, checkpoint_every_s)
 
@@ -176,11 +182,13 @@ def _train_images(
     return _Images(pixels, np.array([classes.index(name) for name in manifest["label"]]), classes)
 
 
-def new_game(settings: Settings, n_classes: int, seed: int, device: str, finetuning: bool) -> Game[Any]:
+def new_game(
+    settings: Settings, n_classes: int, seed: int, device: str, finetuning: bool, ranks: Ranks = ALONE
+) -> Game[Any]:
     """The game of the settings' preset, at its beginning."""
     if isinstance(settings, ResidualSettings):
-        return ResidualGame(settings, n_classes, seed, device, finetuning)
-    return SeedPaperGame(settings, n_classes, seed, device, finetuning)
+        return ResidualGame(settings, n_classes, seed, device, finetuning, ranks)
+    return SeedPaperGame(settings, n_classes, seed, device, finetuning, ranks)
 
 
 @dataclass(frozen=True)
@@ -240,7 +248,7 @@ class _Run:
 
 
 def _train(run: _Run, game: Game[Any], kimg: float, out_dir: Path, device: str, checkpoint_every_s: float) -> GanReport:
-    """Train to the end, from the last checkpoint if there is one, and write the results."""
+    """Train to the end, from the last checkpoint if there is one; rank 0 writes the results, for which all wait."""
     task = loop.Task(
         name=run.stage if run.label is None else f"{run.stage} {run.label}",
         game=game,
@@ -261,7 +269,7 @@ def _train(run: _Run, game: Game[Any], kimg: float, out_dir: Path, device: str, 
     if collapse is None:
         kept_step, generator, discriminator = _kept(run, game, course, start)
         tensors = {**prefixed("generator", generator), **prefixed("discriminator", discriminator)}
-        digest = save_weights(out_dir, tensors, run.meta)
+        digest = game.ranks.by_first(lambda: save_weights(out_dir, tensors, run.meta))
     report = GanReport(
         status="trained" if collapse is None else "collapsed",
         reason=None if collapse is None else str(collapse),
@@ -283,7 +291,7 @@ def _train(run: _Run, game: Game[Any], kimg: float, out_dir: Path, device: str, 
         parent_sha256=run.parent_sha256,
         curves=_curves(course.losses[: course.step].cpu().numpy(), task),
     )
-    finish(out_dir, report)
+    game.ranks.by_first(lambda: finish(out_dir, report))
     return report
 
 

@@ -1,21 +1,20 @@
 """The game of the preset `raresynth`: relativistic, with zero-centred gradient penalties (R3GAN, Huang et al. 2024)."""
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from raresynth.gan.augmentation import changed, symmetric
-from raresynth.gan.game import Game, held, learned, update
+from raresynth.gan.game import Game, held, learned
 from raresynth.gan.presets import ResidualSettings
+from raresynth.gan.ranks import ALONE, Ranks
 from raresynth.gan.residual.losses import gradient_penalty, relativistic
 from raresynth.gan.residual.networks import Discriminator, Generator
+from raresynth.gan.rng import Rng
 
 PENALTY_EVERY_STEPS = 8
 """Lazy penalty: every so many steps, weighted by as much (Karras et al. 2020, StyleGAN2)."""
-DEVIATION_GROUP = 8
-"""Images behind one minibatch standard deviation, at most."""
 DECAY_FROM = 0.3
 """Part of the training from which on the learning rate falls, exponentially, to `FINAL_RATE` of what it was."""
 FINAL_RATE = 0.1
@@ -30,8 +29,10 @@ class ResidualGame(Game[ResidualSettings]):
 
     losses = ("d_loss", "penalty", "g_loss")
 
-    def __init__(self, settings: ResidualSettings, n_classes: int, seed: int, device: str, finetuning: bool) -> None:
-        super().__init__(settings, n_classes, seed, device, finetuning)
+    def __init__(
+        self, settings: ResidualSettings, n_classes: int, seed: int, device: str, finetuning: bool, ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(settings, n_classes, seed, device, finetuning, ranks)
         self.augmentation_strength = 0.0
         """Probability with which the discriminator sees an image changed."""
         self._confidence = torch.zeros(2, device=device)
@@ -41,14 +42,13 @@ class ResidualGame(Game[ResidualSettings]):
     def build(settings: ResidualSettings, n_classes: int) -> tuple[nn.Module, Discriminator]:
         # Channels last: convolutions are faster so, on a CPU in bf16 as on tensor cores.
         generator = Generator(settings.resolution, settings.latent_dim, settings.width, n_classes)
-        group = math.gcd(settings.batch_size, DEVIATION_GROUP)
-        discriminator = Discriminator(settings.resolution, settings.width, n_classes, group)
+        discriminator = Discriminator(settings.resolution, settings.width, n_classes, settings.deviation_group)
         return generator.to(memory_format=torch.channels_last), discriminator.to(memory_format=torch.channels_last)
 
-    def step(self, real: Tensor, labels: Tensor, rng: torch.Generator, step: int, steps: int) -> Tensor:
+    def step(self, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:
         settings = self.settings
         strength = self._class_strength(step / steps)
-        latent = torch.randn(len(real), settings.latent_dim, generator=rng, device=rng.device)
+        latent = rng.normal(len(real), settings.latent_dim)
         with self.autocast(rng.device):
             fake = self.generator(latent, labels, strength).float()
         seen = torch.cat([self._seen(symmetric(real, settings.augmentation, rng), rng), self._seen(fake.detach(), rng)])
@@ -59,14 +59,14 @@ class ResidualGame(Game[ResidualSettings]):
             both = labels.repeat(2)
             # The mean over both halves is half of R1 + R2, as the loss has it.
             penalty = gradient_penalty(lambda x: self.discriminator(x, both, strength), seen)
-        update(self.d_optimizer, d_loss + settings.gradient_penalty * PENALTY_EVERY_STEPS * penalty)
+        self.update(self.d_optimizer, d_loss + settings.gradient_penalty * PENALTY_EVERY_STEPS * penalty)
         self._note_confidence(real_logits, fake_logits)
 
         with held(learned(self.discriminator)):
             with self.autocast(rng.device):
                 logits = self.discriminator(self._seen(fake, rng), labels, strength)
             g_loss = relativistic(logits, real_logits.detach())
-            update(self.g_optimizer, g_loss)
+            self.update(self.g_optimizer, g_loss)
         return torch.stack([d_loss, penalty, g_loss]).detach()
 
     def rate(self, progress: float) -> float:
@@ -85,10 +85,10 @@ class ResidualGame(Game[ResidualSettings]):
             return 1.0
         return max(0.0, (progress - start) / (end - start))
 
-    def _seen(self, images: Tensor, rng: torch.Generator) -> Tensor:
+    def _seen(self, images: Tensor, rng: Rng) -> Tensor:
         """What the discriminator sees: each image changed with a probability of `augmentation_strength`."""
         if self.augmentation_strength > 0:
-            chosen = torch.rand(len(images), 1, 1, 1, generator=rng, device=rng.device) < self.augmentation_strength
+            chosen = rng.uniform(len(images), 1, 1, 1) < self.augmentation_strength
             images = torch.where(chosen, changed(images, self.settings.augmentation, rng), images)
         return images.contiguous(memory_format=torch.channels_last)
 
@@ -101,7 +101,8 @@ class ResidualGame(Game[ResidualSettings]):
     @torch.no_grad()
     def _note_confidence(self, real: Tensor, fake: Tensor) -> None:
         signs = (real - fake).sign()
-        self._confidence += torch.stack([signs.sum(), torch.full_like(signs.sum(), signs.numel())])
+        counts = torch.stack([signs.sum(), torch.full_like(signs.sum(), signs.numel())])
+        self._confidence += self.ranks.total(counts)
 
     def adapt(self) -> None:
         """Adaptive augmentation (Karras et al. 2020, section 3.1), with r_t = E[sign(D(real) - D(fake))].

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from raresynth.gan.augmentation import changed, symmetric
-from raresynth.gan.game import Game, held, learned, update
+from raresynth.gan.game import Game, held, learned
 from raresynth.gan.presets import SeedPaperSettings, check_memory
+from raresynth.gan.rng import Rng
 from raresynth.gan.seed_paper.losses import barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
 from raresynth.gan.seed_paper.networks import Discriminator, Generator, initialise, pooled_features
 
@@ -28,10 +29,10 @@ class SeedPaperGame(Game[SeedPaperSettings]):
         initialise(discriminator)
         return generator, discriminator
 
-    def step(self, real: Tensor, labels: Tensor, rng: torch.Generator, step: int, steps: int) -> Tensor:
+    def step(self, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:
         settings = self.settings
         alpha = settings.barlow_alpha if self.finetuning else 0.0
-        latent = torch.randn(len(real), settings.latent_dim, generator=rng, device=rng.device)
+        latent = rng.normal(len(real), settings.latent_dim)
         with self.autocast(rng.device):
             fake = self.generator(latent).float()
 
@@ -39,27 +40,27 @@ class SeedPaperGame(Game[SeedPaperSettings]):
             fake_logits, _ = self._judge(fake.detach(), rng)
             d_loss = discriminator_loss(real_logits, fake_logits, settings.label_smoothing)
             barlow = self._barlow(features, real, rng) if alpha > 0 else torch.zeros_like(d_loss)
-        update(self.d_optimizer, d_loss + alpha * barlow)
+        self.update(self.d_optimizer, d_loss + alpha * barlow)
 
         with held(learned(self.discriminator)):
             with self.autocast(rng.device):
                 g_loss = generator_loss(self._judge(fake, rng)[0])
-            update(self.g_optimizer, g_loss)
+            self.update(self.g_optimizer, g_loss)
         return torch.stack([d_loss, barlow, g_loss]).detach()
 
-    def _symmetric(self, real: Tensor, rng: torch.Generator) -> Tensor:
+    def _symmetric(self, real: Tensor, rng: Rng) -> Tensor:
         return symmetric(real, self.settings.augmentation, rng)
 
-    def _judge(self, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _judge(self, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """The discriminator's logits and features of a changed, noisy view of each image."""
         with torch.autocast(rng.device.type, enabled=False):  # coordinates in bf16 would be off by whole pixels
             seen = changed(images, self.settings.augmentation, rng)
         if self.settings.noise_std > 0:
-            seen = seen + self.settings.noise_std * torch.randn(seen.shape, generator=rng, device=rng.device)
+            seen = seen + self.settings.noise_std * rng.normal(*seen.shape)
         logits, features = self.discriminator(seen.contiguous(memory_format=torch.channels_last))
         return logits, features
 
-    def _barlow(self, first_view: Tensor, real: Tensor, rng: torch.Generator) -> Tensor:
+    def _barlow(self, first_view: Tensor, real: Tensor, rng: Rng) -> Tensor:
         """Equation 3 between the view already judged and a second one, divided by the number of features."""
         second_view = self._judge(self._symmetric(real, rng), rng)[1]
         weight = self.settings.barlow_lambda
