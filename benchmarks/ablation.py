@@ -3,7 +3,7 @@
     python -P benchmarks/ablation.py --run RUN --data ../shared/ham10000 --out OUT [--seeds 2]
 
 RUN is a finished run at 64 x 64. Parts that were tried and left out of the library stand here, as they were tried. KID
-is on the val split (train + val below 50 images), which is what the preset was tuned on; nothing here looks at test.
+is to train and val reals, by which snapshots are chosen too; nothing here looks at test.
 Started again, it goes on.
 """
 
@@ -30,7 +30,7 @@ from raresynth.gan.residual import game as residual
 from raresynth.gan.residual.game import ResidualGame
 from raresynth.gan.seed_paper.losses import barlow_twins
 from raresynth.lineage import write_json
-from raresynth.quality.judge import ValJudge
+from raresynth.quality.judge import KidJudge
 
 KIMG, BRANCH_KIMG = 88.0, 2.0
 """With a branch for each of six classes, 100 in all."""
@@ -116,7 +116,7 @@ def train(inputs: Inputs, out: Path, row: str, seed: int) -> None:
     knobs, training.ResidualGame = ROWS[row]
     lengths = {"pretrain_kimg": KIMG, "finetune_kimg": BRANCH_KIMG, "ema_half_life_kimg": 5.0}
     config = GanConfig(resolution=RESOLUTION, **(lengths | knobs))
-    judge = ValJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
+    judge = KidJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
     started = time.monotonic()
     common = (config, seed, "cpu", inputs.packed, 60.0, judge)
     universal = training.pretrain(inputs.data_dir, inputs.manifest, out / "universal", *common)

@@ -71,11 +71,11 @@ def train(inputs: Inputs, out: Path, preset: str, knobs: dict[str, Any], seed: i
     from raresynth.dataset.balance import images_to_synthesize
     from raresynth.dataset.manifest import read_manifest
     from raresynth.gan.training import finetune, pretrain
-    from raresynth.quality.judge import ValJudge
+    from raresynth.quality.judge import KidJudge
 
     torch.set_num_threads(1)
     config = GanConfig(preset=preset, resolution=RESOLUTION, **knobs)
-    judge = ValJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
+    judge = KidJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
     common = (config, seed, "cpu", inputs.packed, CHECKPOINT_EVERY_S, judge)
     labels = images_to_synthesize(read_manifest(inputs.manifest), BalanceConfig())
     for label in (None, *labels):

@@ -30,7 +30,7 @@ from raresynth.gan.training import pretrain
 from raresynth.lineage import write_json
 from raresynth.quality.distances import kernel_distance
 from raresynth.quality.encoder import Encoder
-from raresynth.quality.judge import ValJudge
+from raresynth.quality.judge import KidJudge
 from raresynth.quality.reals import Reals, group_numbers
 
 SAMPLES = 1000
@@ -66,7 +66,7 @@ def train_ours(inputs: Inputs, out: Path, minutes: float) -> dict[str, Any]:
     config = GanConfig(resolution=RESOLUTION, ema_half_life_kimg=5.0)
     rate = images_per_s(config, "cpu", finetuning=False, seconds=20.0)
     config = config.model_copy(update={"pretrain_kimg": round(SHARE_OF_RATE * rate * minutes * 60 / 1000)})
-    judge = ValJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
+    judge = KidJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
     started = time.monotonic()
     report = pretrain(inputs.data_dir, inputs.manifest, out / "ours", config, 0, "cpu", inputs.packed, 60.0, judge)
     seconds = time.monotonic() - started

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument(f"--{stage.each}", dest="item", help=f"only this {stage.each} (default: all)")
         one.set_defaults(command=_stage, stage=name, item=None)
 
-    tune = commands.add_parser("tune", help="search the GAN's knobs by val KID within a time budget")
+    tune = commands.add_parser("tune", help="search the GAN's knobs by KID within a time budget")
     tune.add_argument("--data", type=Path, help="folder of images (default: that of the run's last stage)")
     tune.add_argument("--params", type=Path, help="params file to start from (default: that of the run's last stage)")
     tune.add_argument("--out", type=Path, required=True, help="folder of the run; started again, the search goes on")

@@ -137,7 +137,7 @@ class GanConfig(Config):
     class_power: Share | None = None
     """A class of n images is drawn with weight n^(1 - this): 0 draws images equally, 1 classes."""
     snapshots: PositiveCount | None = None
-    """Looks at the val KID over a training, evenly spread; the best snapshot is kept."""
+    """Looks at the KID over a training, evenly spread; the best snapshot is kept."""
 
     # stgan-lite, dcgan-base
     barlow_alpha: NotNegative | None = None

@@ -30,7 +30,7 @@ from raresynth.processes import leads, limit_threads, prepare_worker, rank_and_w
 from raresynth.progress import lines_only
 
 if TYPE_CHECKING:
-    from raresynth.quality.judge import ValJudge
+    from raresynth.quality.judge import KidJudge
 
 ALL = "all"
 """Item of a stage that runs once."""
@@ -196,11 +196,11 @@ def _finetune(task: Task) -> Outcome:
     return DONE if report.status == "trained" else ("failed", report.reason or report.status)
 
 
-def _judge(task: Task) -> "ValJudge":
-    from raresynth.quality.judge import ValJudge
+def _judge(task: Task) -> "KidJudge":
+    from raresynth.quality.judge import KidJudge
 
     run = task.run
-    return ValJudge(run.data_dir, task.manifest, task.path("train-encoder"), run.params.seed, run.packed)
+    return KidJudge(run.data_dir, task.manifest, task.path("train-encoder"), run.params.seed, run.packed)
 
 
 def _synthesize(task: Task) -> Outcome:

@@ -1,4 +1,4 @@
-"""A small search for the GAN's knobs on one's own images, by val KID (future work of the seed paper, section V)."""
+"""A small search for the GAN's knobs on one's own images, by KID (future work of the seed paper, section V)."""
 
 import shutil
 import time
@@ -121,12 +121,12 @@ def _suggest(trial: "Trial", params: Params) -> dict[str, float]:
 def _train(run: flow.Run, knobs: dict[str, float], labels: list[str], place: Path) -> dict[str, float]:
     """KID of each class's generator with these knobs; none after a collapse."""
     from raresynth.gan.training import finetune, pretrain
-    from raresynth.quality.judge import ValJudge
+    from raresynth.quality.judge import KidJudge
 
     config = run.params.gan.model_copy(update={**knobs, "pretrain_kimg": SCREENED * run.params.gan.pretrain_kimg})
     manifest = run.store / flow.read_record(run.store, "validate").output / "manifest.csv"
     encoder = run.store / flow.read_record(run.store, "train-encoder").output
-    judge = ValJudge(run.data_dir, manifest, encoder, run.params.seed, run.packed)
+    judge = KidJudge(run.data_dir, manifest, encoder, run.params.seed, run.packed)
     device = flow.device(run.params)
     common = (config, run.params.seed, device, run.packed, run.params.compute.checkpoint_every_s, judge)
     universal = pretrain(run.data_dir, manifest, place / "universal", *common)

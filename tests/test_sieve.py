@@ -8,7 +8,7 @@ from raresynth.config import SynthesisConfig
 from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, write_manifest
 from raresynth.quality.controls import blurred, noised
-from raresynth.quality.judge import ValJudge
+from raresynth.quality.judge import KidJudge
 from raresynth.quality.sieve import TrainSieve
 
 LABEL = "vascular"
@@ -24,7 +24,7 @@ def sieve(sample_data, sample_manifest, trained_encoder):
 
 @pytest.fixture(scope="module")
 def judge(sample_data, sample_manifest, trained_encoder):
-    return ValJudge(sample_data, sample_manifest, trained_encoder, 0, None)
+    return KidJudge(sample_data, sample_manifest, trained_encoder, 0, None)
 
 
 def share(verdicts, why):
@@ -80,6 +80,6 @@ def test_the_judge_looks_at_no_test_image(sample_data, sample_manifest, trained_
     manifest = read_manifest(sample_manifest)
     manifest.loc[manifest["split"] == "test", "path"] = "nowhere.jpg"
     write_manifest(tmp_path / "manifest.csv", manifest)
-    blind = ValJudge(sample_data, tmp_path / "manifest.csv", trained_encoder, 0, None)
+    blind = KidJudge(sample_data, tmp_path / "manifest.csv", trained_encoder, 0, None)
     images = fresh(LABEL, 50, 1010)
     assert blind.kid(LABEL, images) == judge.kid(LABEL, images)

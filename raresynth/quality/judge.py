@@ -1,4 +1,9 @@
-"""What a generator in training is worth: KID of its images to a class's held-out reals."""
+"""What a generator in training is worth: KID of its images to a class's train and val reals.
+
+Not to the val ones alone: even 70 of them can lie far from the class by the chance of the split, and of several
+branches the one would be chosen that chases that chance (benchmarks/README.md, "why mel went wrong"). A generator that
+copies train images is found later, by the sieve and by `measure`.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -10,15 +15,13 @@ from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import TooFewImages
 from raresynth.quality.distances import kernel_distance, kernel_distances
 from raresynth.quality.encoder import Encoder, Features
-from raresynth.quality.reals import Reals, at_most, group_numbers, held_out_reals
+from raresynth.quality.reals import Reals, at_most, group_numbers, seen_reals
 
-MIN_HELD_OUT = 50
-"""With fewer val images a class is judged by train + val ones."""
 MAX_REALS = 1000
 
 
-class ValJudge:
-    """Compares images with a class's reals as `measure` does; the test split is never looked at.
+class KidJudge:
+    """Compares images with a class's train and val reals; the test split is never looked at.
 
     Its limits are not those of the params' section quality, a change of which would repeat all training.
     """
@@ -57,8 +60,7 @@ class ValJudge:
         return kid.second - kid.first, float(np.sqrt(max(a + b - 2 * c, 0.0)))
 
     def _read(self, label: str) -> Reals:
-        frame, _ = held_out_reals(self._manifest, label, MIN_HELD_OUT)
-        frame = at_most(frame, MAX_REALS, self._seed)
+        frame = at_most(seen_reals(self._manifest, label), MAX_REALS, self._seed)
         pixels = load_images(frame, self._data_dir, self._encoder.resolution, self._cache_dir)
         return Reals(self._encoder.features(pixels), group_numbers(frame))
 

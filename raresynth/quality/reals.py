@@ -29,16 +29,28 @@ def held_out_reals(manifest: pd.DataFrame, label: str, min_held_out: int) -> tup
     Raises:
         TooFewImages: there are fewer than 12 images or 4 groups.
     """
-    frame = manifest[(manifest["label"] == label) & (manifest["split"] != "test")]
-    held_out = frame[frame["split"] == "val"]
-    binding = len(held_out) < min_held_out
-    real = frame if binding else held_out
+    held_out = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
+    if len(held_out) < min_held_out:
+        return seen_reals(manifest, label), True
+    return _enough(held_out, label, "val"), False
+
+
+def seen_reals(manifest: pd.DataFrame, label: str) -> pd.DataFrame:
+    """Rows of the class's train and val images.
+
+    Raises:
+        TooFewImages: there are fewer than 12 images or 4 groups.
+    """
+    return _enough(manifest[(manifest["label"] == label) & (manifest["split"] != "test")], label, "train and val")
+
+
+def _enough(real: pd.DataFrame, label: str, splits: str) -> pd.DataFrame:
     if len(real) < MIN_REAL or real["group"].nunique() < MIN_GROUPS:
         raise TooFewImages(
-            f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in train and val, and "
+            f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in {splits}, and "
             f"measuring needs {MIN_REAL} of {MIN_GROUPS}; add images or raise validation.min_images"
         )
-    return real, binding
+    return real
 
 
 def at_most(frame: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
