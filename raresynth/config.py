@@ -319,21 +319,21 @@ class ParamsFile(Params):
 
 
 def load_params(path: Path) -> Params:
-    """Read and check a params file; sections and knobs left out take their defaults.
+    """Read and check a params file for a run; sections and knobs left out take their defaults.
 
     Raises:
         ParamsError: the file is missing, no YAML, or holds an unknown or impossible knob.
     """
-    return _params_of(_check(_read(path), str(path)))
+    return _params_of(load_params_file(path))
 
 
-def load_cluster(path: Path) -> ClusterConfig:
-    """Read the section `cluster` of a params file.
+def load_params_file(path: Path) -> ParamsFile:
+    """Read and check all of a params file, the cluster too.
 
     Raises:
         ParamsError: as of `load_params`.
     """
-    return _check(_read(path), str(path)).cluster
+    return _check(_read(path), str(path))
 
 
 def preset_names() -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 
 from pipelines.compile import compile_packages
 from pipelines.placement import GIT_SECRET, USER
-from raresynth.config import load_cluster
+from raresynth.config import load_params_file
 from raresynth.lineage import code_hash
 
 ROOT = Path(__file__).parents[1]
@@ -254,4 +254,4 @@ def test_make_compile_names_what_it_wrote_and_refuses_in_one_sentence(tmp_path: 
     (tmp_path / "params.yaml").write_text("cluster: {gpu: {count: 0}}")
     refused = compile_with(tmp_path / "params.yaml")
     assert refused.returncode == 2 and "cluster.gpu.count" in refused.stderr and refused.stderr.count("\n") == 1
-    assert load_cluster(ROOT / "params.yaml").image in (tmp_path / "compiled" / "synthesis.yaml").read_text()
+    assert load_params_file(ROOT / "params.yaml").cluster.image in (tmp_path / "compiled" / "synthesis.yaml").read_text()
