@@ -23,7 +23,7 @@ def compile_packages(params: Path, out: Path) -> list[Path]:
     """
     settings = load_params_file(params)
     parallel_tasks = settings.compute.parallel_tasks
-    cpu, gpu = on_cluster(settings.cluster, gpu=False), on_cluster(settings.cluster, gpu=True)
+    cpu, gpu = on_cluster(settings, gpu=False), on_cluster(settings, gpu=True)
     packages = {
         out / "augmentation-cpu.yaml": augmentation.build(parallel_tasks, cpu),
         out / "augmentation-gpu.yaml": augmentation.build(parallel_tasks, gpu),

@@ -42,7 +42,8 @@ class ComputeConfig(Config):
     checkpoint_every_s: Positive = 30.0
     """Seconds between training checkpoints; a killed run loses at most this much work."""
     ranks: PositiveCount = 1
-    """Processes that share each batch of `pretrain`, one a GPU where there are GPUs: raresynth/gan/ranks.py."""
+    """Processes that share each batch of `pretrain`, one a GPU where there are GPUs: raresynth/gan/ranks.py. A compiled
+    package gives its `pretrain` what so many need; its runs cannot choose another number."""
 
 
 class SplitShares(Config):
@@ -269,7 +270,7 @@ class Params(Config):
 
 
 class Resources(Config):
-    """What one kind of task asks a node for; Kubernetes quantities."""
+    """What one kind of task asks a node for, `pretrain` for each of its ranks; Kubernetes quantities."""
 
     cpu: Quantity
     memory: Quantity
@@ -289,6 +290,7 @@ class GpuConfig(Config):
 
     type: str = "nvidia.com/gpu"
     count: PositiveCount = 1
+    """Of a task, and of each rank of `pretrain`."""
     node_selector: dict[str, str] = {}
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)
 
