@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from known import saved_step
 
 from components import task
 from raresynth import cli, flow
-from raresynth.config import GanConfig
+from raresynth.config import GanConfig, Params
 from raresynth.errors import DataError, ParamsError, RaresynthError
 from raresynth.gan import loop, sampling, training
 from raresynth.gan.presets import check_ranks, resolve
@@ -239,26 +239,45 @@ def test_two_ranks_by_torchrun_or_by_params_go_on_from_what_one_process_left(tin
     assert report.curves != expected.curves
 
 
-@pytest.mark.slow
-def test_under_the_local_runner_the_ranks_report_on_the_users_console(tiny_run, tmp_path):
-    store, console = tmp_path / "store", tmp_path / "console"
+def as_a_task(tiny_run: flow.Run, place: Path, kimg: float, parent: int) -> "subprocess.Popen[str]":
+    """`pretrain` in two ranks as kfp's local runner starts it: in a process whose output goes to kfp's own log."""
+    store = place / "store"
     shutil.copytree(tiny_run.store, store)
     shutil.rmtree(store / flow.read_record(store, "pretrain").output)
-    console.write_text("said before\n")
-    compute = tiny_run.params.compute.model_copy(update={"ranks": 2})
-    params = tiny_run.params.model_copy(update={"compute": compute}).model_dump_json()
+    values = tiny_run.params.model_dump()
+    values["compute"]["ranks"], values["gan"]["pretrain_kimg"] = 2, kimg
+    params = Params.model_validate(values).model_dump_json()
     given = {name: str(flow.record_path(store, name, flow.ALL)) for name in ("validate", "train-encoder")}
-    arguments = [str(tiny_run.data_dir), params, str(store), code_hash(""), str(tmp_path / "record"), given]
-    # As kfp's local runner starts a task: in a process whose output goes to its own log.
+    arguments = [str(tiny_run.data_dir), params, str(store), code_hash(""), str(place / "record"), given]
     command = [sys.executable, "-c", f"from components import task; task.run('pretrain', *{arguments!r})"]
-    environment = os.environ | {task.CONSOLE: str(console)}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, console.read_text()
-    assert (tmp_path / "record").is_file()
+    told = {task.CONSOLE: str(place / "console"), task.PARENT_PID: str(parent)}
+    return subprocess.Popen(command, env=os.environ | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_under_the_local_runner_the_ranks_report_on_the_users_console(tiny_run, tmp_path):
+    console = tmp_path / "console"
+    console.write_text("said before\n")
+    process = as_a_task(tiny_run, tmp_path, 0.4, os.getpid())
+    log, _ = process.communicate()
     first, *said = console.read_text().splitlines()
+    assert process.returncode == 0 and (tmp_path / "record").is_file(), said
     assert first == "said before"
-    assert any(re.match(r"pretrain: 400/400 images, ", line) for line in said), said
-    assert "pretrain" not in done.stdout + done.stderr
+    assert any(line.startswith("pretrain: 400/400 images, ") for line in said), said
+    assert "pretrain" not in log
+
+
+@pytest.mark.slow
+def test_ranks_that_end_with_the_local_runner_say_nothing_on_the_users_console(tiny_run, tmp_path):
+    console = tmp_path / "console"
+    with subprocess.Popen(["sleep", "600"]) as runner:
+        process = as_a_task(tiny_run, tmp_path, 1000.0, runner.pid)
+        while not console.exists() or "pretrain: " not in console.read_text():
+            assert process.poll() is None, console.read_text()
+            time.sleep(0.1)
+        runner.kill()
+    process.communicate()  # comes back when the last of its processes has ended
+    assert [line for line in console.read_text().splitlines() if " images/s, " not in line] == []
 
 
 @pytest.mark.parametrize(("shape", "images"), [((4, 1, 1, 1), 0), ((4,), 0), ((2, 4), 1)])

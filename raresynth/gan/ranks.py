@@ -158,6 +158,8 @@ def launch(n: int, function: Callable[[Argument], Value], argument: Argument) ->
 
     for name in _REPEATING:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # What ranks leave that are cut off is cleaned up by a process of Python's, which would warn of it.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
