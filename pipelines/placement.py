@@ -22,6 +22,7 @@ _TRAINING = {
     "train-encoder",
     "pretrain",
     "finetune",
+    "draw",
     "synthesize",
     "synthesize-majority",
     "measure",
