@@ -5,7 +5,7 @@ from kfp import dsl
 from components.artifacts import write_text
 from components.inputs import check_name
 from components.task import batch_dir, check_code, errors_as_sentences, run_dir
-from raresynth.audit.synthetic import audit_batch
+from raresynth.audit.synthetic import Generators, audit_batch
 from raresynth.bundle.contents import open_bundle
 from raresynth.bundle.sampler import generate_folder, no_generator
 from raresynth.dataset.manifest import read_synthetic
@@ -49,7 +49,7 @@ def make_batch(label: str, run: str, name: str, n: int, seed: int, truncation: f
         manifest = read_synthetic(folder / "manifest.csv", "generate")
         if len(manifest) != n or set(manifest["seed"]) != {seed} or truncation not in {0, *manifest["truncation"]}:
             raise CheckpointError(f"{folder} holds other images of {label}; choose another name for this batch")
-        broken = audit_batch(folder, bundle).broken()
+        broken = audit_batch(folder, Generators(bundle)).broken()
         if broken:
             raise CheckpointError(f"{folder} is no batch of {bundle}: {broken[0][1].what}: {broken[0][1].detail}")
         tiles = read_tiles(folder, manifest["path"][:SHOWN], LARGEST_TILE)

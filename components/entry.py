@@ -15,12 +15,13 @@ def choose_params(
     overrides: str,
     name: str,
     code: str,
+    ranks: int,
     chosen: dsl.Output[dsl.Markdown],
 ) -> str:
     """Check the inputs of the form and make the run's params of them, as JSON."""
     from components.inputs import chosen_params
 
-    return chosen_params(preset, resolution, classes, overrides, name, code, chosen)
+    return chosen_params(preset, resolution, classes, overrides, name, code, ranks, chosen)
 
 
 @component

@@ -15,9 +15,19 @@ from raresynth.versions.fetch import fetch_data
 
 
 def chosen_params(
-    preset: str, resolution: int, classes: list[str], overrides: str, name: str, code: str, chosen: dsl.Markdown
+    preset: str,
+    resolution: int,
+    classes: list[str],
+    overrides: str,
+    name: str,
+    code: str,
+    ranks: int,
+    chosen: dsl.Markdown,
 ) -> str:
     """The run's params as JSON; `chosen` shows what differs from params.yaml.
+
+    Args:
+        ranks: processes for which the package gives `pretrain` room; they go before the preset's.
 
     Raises:
         SystemExit: an input is impossible.
@@ -25,7 +35,13 @@ def chosen_params(
     with errors_as_sentences():
         check_code(code)
         check_name(name)
-        params = choose_params(preset, _form(resolution, classes), _parse(overrides))
+        room = {"compute": {"ranks": ranks}}
+        params = choose_params(preset, room, _form(resolution, classes), _parse(overrides))
+        if params.compute.ranks != ranks:
+            raise ParamsError(
+                f"overrides set compute.ranks to {params.compute.ranks}, and this package gives pretrain room for "
+                f"{ranks}; leave it out, or set it in the params file and compile a package"
+            )
     write_text(chosen, f"```json\n{params.model_dump_json(indent=2, exclude_defaults=True)}\n```\n")
     return params.model_dump_json()
 

@@ -100,7 +100,8 @@ def errors_as_sentences() -> Iterator[None]:
 def _attach_to_parent() -> None:
     """Under the local runner: report on the user's console, and end when the runner is killed."""
     if CONSOLE in os.environ:
-        # Line by line into the same terminal, pipe or file, past kfp's own log.
-        sys.stderr = Path(os.environ[CONSOLE]).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        # Into the same terminal, pipe or file, past kfp's own log; what this process starts writes there too.
+        with Path(os.environ[CONSOLE]).open("a") as console:
+            os.dup2(console.fileno(), sys.stderr.fileno())
     if PARENT_PID in os.environ:
         end_with(int(os.environ[PARENT_PID]))

@@ -8,7 +8,7 @@ from kfp import compiler
 
 from pipelines import augmentation, synthesis
 from pipelines.placement import on_cluster
-from raresynth.config import load_cluster, load_params
+from raresynth.config import load_params_file
 from raresynth.errors import ParamsError
 
 
@@ -21,8 +21,9 @@ def compile_packages(params: Path, out: Path) -> list[Path]:
     Raises:
         ParamsError: the file is missing or holds an impossible knob.
     """
-    cluster, parallel_tasks = load_cluster(params), load_params(params).compute.parallel_tasks
-    cpu, gpu = on_cluster(cluster, gpu=False), on_cluster(cluster, gpu=True)
+    settings = load_params_file(params)
+    parallel_tasks = settings.compute.parallel_tasks
+    cpu, gpu = on_cluster(settings, gpu=False), on_cluster(settings, gpu=True)
     packages = {
         out / "augmentation-cpu.yaml": augmentation.build(parallel_tasks, cpu),
         out / "augmentation-gpu.yaml": augmentation.build(parallel_tasks, gpu),

@@ -1,11 +1,12 @@
 """Where a pipeline's tasks run: image, resources, volume, user and secrets, from the params' section `cluster`."""
 
 from collections.abc import Callable
+from decimal import Decimal
 
 from kfp import dsl, kubernetes
 
 from components.task import VOLUME
-from raresynth.config import ClusterConfig, Resources
+from raresynth.config import ClusterConfig, ParamsFile, Resources
 
 Graph = dsl.base_component.BaseComponent
 Place = Callable[..., dsl.PipelineTask]
@@ -39,16 +40,20 @@ def anywhere(component: Graph, /, **inputs) -> dsl.PipelineTask:
     return component(**inputs)
 
 
-def on_cluster(cluster: ClusterConfig, gpu: bool) -> Place:
+def on_cluster(params: ParamsFile, gpu: bool) -> Place:
     """For Kubernetes.
 
     Args:
         gpu: whether tasks that train are given GPUs; the SDK cannot leave that to the run.
     """
+    cluster, ranks = params.cluster, params.compute.ranks
 
     def place(component: Graph, /, **inputs) -> dsl.PipelineTask:
-        task, name = component(**inputs), component.name
-        training = name in _TRAINING
+        name = component.name
+        if name == "choose-params":
+            inputs["ranks"] = ranks  # a run cannot have more of them than `pretrain` is given room for here
+        task = component(**inputs)
+        training, processes = name in _TRAINING, ranks if name == "pretrain" else 1
         task.set_container_image(cluster.image)
         task.set_display_name(name.replace("-", " ").capitalize())
         kubernetes.add_pod_label(task, "raresynth/stage", name)
@@ -56,9 +61,9 @@ def on_cluster(cluster: ClusterConfig, gpu: bool) -> Place:
         kubernetes.mount_pvc(task, pvc_name=cluster.volume_claim, mount_path=str(VOLUME))
         if name in _NEVER_CACHED:
             task.set_caching_options(False)
-        _set_resources(task, cluster.training if training else cluster.light)
+        _set_resources(task, cluster.training if training else cluster.light, processes)
         if gpu and training and name not in _WITHOUT_GPU:
-            _give_gpus(task, cluster)
+            _give_gpus(task, cluster, processes)
         if name in {"fetch-data", "publish-data"}:
             _give_secrets(task, cluster, cluster.git_read_secret if name == "fetch-data" else cluster.git_write_secret)
         return task
@@ -66,21 +71,27 @@ def on_cluster(cluster: ClusterConfig, gpu: bool) -> Place:
     return place
 
 
-def _set_resources(task: dsl.PipelineTask, resources: Resources) -> None:
-    task.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
-    task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+def _set_resources(task: dsl.PipelineTask, resources: Resources, processes: int) -> None:
+    cpu, memory = _times(resources.cpu, processes), _times(resources.memory, processes)
+    task.set_cpu_request(cpu).set_cpu_limit(cpu)
+    task.set_memory_request(memory).set_memory_limit(memory)
     kubernetes.empty_dir_mount(
         task,
         volume_name="shm",
         mount_path="/dev/shm",  # noqa: S108
         medium="Memory",
-        size_limit=resources.shared_memory,
+        size_limit=_times(resources.shared_memory, processes),
     )
 
 
-def _give_gpus(task: dsl.PipelineTask, cluster: ClusterConfig) -> None:
+def _times(quantity: str, n: int) -> str:
+    number = quantity.rstrip("mkKMGTi")
+    return f"{Decimal(number) * n}{quantity.removeprefix(number)}"
+
+
+def _give_gpus(task: dsl.PipelineTask, cluster: ClusterConfig, processes: int) -> None:
     gpu = cluster.gpu
-    task.set_accelerator_type(gpu.type).set_accelerator_limit(gpu.count)
+    task.set_accelerator_type(gpu.type).set_accelerator_limit(gpu.count * processes)
     kubernetes.add_pod_label(task, "raresynth/gpu", "true")
     for key, value in gpu.node_selector.items():
         kubernetes.add_node_selector(task, key, value)

@@ -22,12 +22,12 @@ class Request:
 
     package: str
     arguments: list[str]
+    service_account: str
     host: str | None = None
     plain_http: bool = False
     namespace: str | None = None
     experiment: str | None = None
     run: str | None = None
-    service_account: str | None = None
     cache: bool = True
     wait: bool = False
 

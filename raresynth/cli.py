@@ -130,7 +130,11 @@ def _add_submit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     submit.add_argument("--namespace", help="your namespace, where the installation keeps users apart")
     submit.add_argument("--experiment", help="made where there is none (default: the pipeline's name)")
     submit.add_argument("--run", help="name of the run (default: the pipeline's name and the time)")
-    submit.add_argument("--service-account", help="Kubernetes service account of the run (default: the cluster's)")
+    submit.add_argument(
+        "--service-account",
+        default="raresynth-runner",
+        help="Kubernetes service account of the run (default: raresynth-runner, which k8s/pipeline makes)",
+    )
     submit.add_argument("--no-cache", dest="cache", action="store_false", help="run every task anew")
     submit.add_argument("--wait", action="store_true", help="follow the run; exit code 1 where it does not succeed")
     submit.set_defaults(command=_submit)

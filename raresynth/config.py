@@ -44,7 +44,8 @@ class ComputeConfig(Config):
     shards: PositiveCount = 1
     """Tasks among which reading the images, and drawing those of a class, are divided; the results are the same."""
     ranks: PositiveCount = 1
-    """Processes that share each batch of `pretrain`, one a GPU where there are GPUs: raresynth/gan/ranks.py."""
+    """Processes that share each batch of `pretrain`, one a GPU where there are GPUs: raresynth/gan/ranks.py. A compiled
+    package gives its `pretrain` what so many need; its runs cannot choose another number."""
 
 
 class SplitShares(Config):
@@ -271,7 +272,7 @@ class Params(Config):
 
 
 class Resources(Config):
-    """What one kind of task asks a node for; Kubernetes quantities."""
+    """What one kind of task asks a node for, `pretrain` for each of its ranks; Kubernetes quantities."""
 
     cpu: Quantity
     memory: Quantity
@@ -291,6 +292,7 @@ class GpuConfig(Config):
 
     type: str = "nvidia.com/gpu"
     count: PositiveCount = 1
+    """Of a task, and of each rank of `pretrain`."""
     node_selector: dict[str, str] = {}
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)
 
@@ -321,21 +323,21 @@ class ParamsFile(Params):
 
 
 def load_params(path: Path) -> Params:
-    """Read and check a params file; sections and knobs left out take their defaults.
+    """Read and check a params file for a run; sections and knobs left out take their defaults.
 
     Raises:
         ParamsError: the file is missing, no YAML, or holds an unknown or impossible knob.
     """
-    return _params_of(_check(_read(path), str(path)))
+    return _params_of(load_params_file(path))
 
 
-def load_cluster(path: Path) -> ClusterConfig:
-    """Read the section `cluster` of a params file.
+def load_params_file(path: Path) -> ParamsFile:
+    """Read and check all of a params file, the cluster too.
 
     Raises:
         ParamsError: as of `load_params`.
     """
-    return _check(_read(path), str(path)).cluster
+    return _check(_read(path), str(path))
 
 
 def preset_names() -> list[str]:

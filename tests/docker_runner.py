@@ -19,7 +19,7 @@ from kfp.local import docker_task_handler
 import docker
 from pipelines import augmentation, synthesis
 from pipelines.placement import USER, on_cluster
-from raresynth.config import ClusterConfig
+from raresynth.config import ParamsFile
 
 PIPELINES = {"augmentation": augmentation.build, "synthesis": synthesis.build}
 
@@ -57,7 +57,7 @@ def main() -> None:
             mounts=[Mount("/store", volume, type="bind"), Mount(repository, repository, type="bind")],
         )
         local.init(runner, pipeline_root=root)
-        PIPELINES[name](2, on_cluster(ClusterConfig(), gpu=False))(**arguments)
+        PIPELINES[name](2, on_cluster(ParamsFile(), gpu=False))(**arguments)
 
 
 if __name__ == "__main__":

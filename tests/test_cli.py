@@ -1,6 +1,8 @@
 """What a user can get wrong ends with one sentence that names it, exit code 2, and no traceback."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from PIL import Image
 from raresynth import cli, flow
 from raresynth.config import EncoderConfig
 
+ROOT = Path(__file__).parents[1]
 LONG = EncoderConfig(steps=100_000)
 
 
@@ -179,3 +182,18 @@ def test_a_log_file_holds_what_tasks_and_runner_wrote(tiny_data: Path, tmp_path:
     text = (tmp_path / "log").read_text()
     assert text.startswith("read files: ")
     assert text.splitlines()[-1].startswith("raresynth: 0 usable classes remain")
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """The raresynth command lines of a document, without what the shell makes of their rest."""
+    text = (ROOT / document).read_text().replace("\\\n", "")
+    lines = re.findall(r"^(?:\$ )?raresynth (\S+ .*)$", text, re.MULTILINE)
+    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/audit.md", "docs/cluster.md"])
+def test_the_documents_commands_are_known(document: str) -> None:
+    commands = commands_of(document)
+    assert len(commands) > 2
+    for command in commands:
+        assert callable(cli._parser().parse_args(command).command), command

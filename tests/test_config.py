@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raresynth.config import Params, ParamsFile, choose_params, load_cluster, load_params, preset_names
+from raresynth.config import Params, ParamsFile, choose_params, load_params, load_params_file, preset_names
 from raresynth.errors import ParamsError
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
 def test_the_cluster_is_read_apart_from_what_changes_results(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("cluster: {image: registry.example/raresynth-train:1}")
-    assert load_cluster(path).image == "registry.example/raresynth-train:1"
+    assert load_params_file(path).cluster.image == "registry.example/raresynth-train:1"
     assert load_params(path) == Params()
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kfp import dsl
 
+from components import entry
 from pipelines.compile import compile_packages
 from pipelines.placement import GIT_SECRET, USER
-from raresynth.config import load_cluster
+from raresynth.config import Params, load_params_file
 from raresynth.lineage import code_hash
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +31,7 @@ TRAINING = {
 }
 STAGES = TRAINING | {"probe", "build-manifest", "validate", "gate", "package", "report"}
 PARAMS = """
-compute: {parallel_tasks: 5}
+compute: {parallel_tasks: 5, ranks: 3}
 cluster:
   image: registry.example/raresynth-train@sha256:0123
   volume_claim: shared
@@ -109,11 +111,12 @@ def test_every_task_runs_the_one_image_as_the_one_user_with_nothing_installed(pa
 def test_resources_come_from_the_params(packages: dict) -> None:
     for name, (container, settings) in executors(packages["augmentation-gpu"]).items():
         resources, memory = container["resources"], settings["emptyDirMounts"][0]
-        training = name in TRAINING
-        assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"] == ("8" if training else "500m")
-        assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"] == ("32Gi" if training else "2Gi")
-        assert (memory["mountPath"], memory["medium"]) == ("/dev/shm", "Memory")
-        assert memory["sizeLimit"] == ("4Gi" if training else "64Mi")
+        cpu, size, shared = ("8", "32Gi", "4Gi") if name in TRAINING else ("500m", "2Gi", "64Mi")
+        if name == "pretrain":
+            cpu, size, shared = "24", "96Gi", "12Gi"  # of three ranks
+        assert resources["resourceCpuLimit"] == resources["resourceCpuRequest"] == cpu
+        assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"] == size
+        assert (memory["mountPath"], memory["medium"], memory["sizeLimit"]) == ("/dev/shm", "Memory", shared)
         assert settings["podMetadata"]["labels"]["raresynth/stage"] == name
 
 
@@ -126,11 +129,31 @@ def test_gpus_go_to_training_tasks_of_the_gpu_package_alone(packages: dict) -> N
             assert ("tolerations" in settings) == ("nodeSelector" in settings) == gets
             if gets:
                 accelerator = container["resources"]["accelerator"]
-                assert (accelerator["resourceType"], accelerator["resourceCount"]) == ("vendor.example/gpu", "2")
+                count = "6" if name == "pretrain" else "2"
+                assert (accelerator["resourceType"], accelerator["resourceCount"]) == ("vendor.example/gpu", count)
                 assert settings["nodeSelector"]["labels"] == {"pool": "gpus"}
                 assert settings["tolerations"] == [
                     {"key": "only", "operator": "Equal", "value": "gpus", "effect": "NoExecute"}
                 ]
+
+
+def test_a_run_has_the_ranks_that_its_package_gives_pretrain_room_for(
+    packages: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow = packages["augmentation-gpu"][0]["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    ranks = int(flow["choose-params"]["inputs"]["parameters"]["ranks"]["runtimeValue"]["constant"])
+
+    def chosen(overrides: str) -> str:
+        shown = dsl.Markdown(uri=str(tmp_path / "chosen.md"))
+        form = {"preset": "demo", "resolution": 0, "classes": [], "overrides": overrides, "name": "run"}
+        return entry.choose_params.python_func(**form, code=code_hash(""), ranks=ranks, chosen=shown)
+
+    for overrides in ("{}", '{"compute": {"threads": 2, "ranks": 3}}'):
+        assert Params.model_validate_json(chosen(overrides)).compute.ranks == 3
+    with pytest.raises(SystemExit):
+        chosen('{"compute": {"ranks": 4}}')
+    said = capsys.readouterr().err
+    assert "compute.ranks to 4, and this package gives pretrain room for 3" in said and said.count("\n") == 1
 
 
 def test_secrets_are_named_and_reach_two_tasks_only(packages: dict) -> None:
@@ -255,4 +278,5 @@ def test_make_compile_names_what_it_wrote_and_refuses_in_one_sentence(tmp_path: 
     (tmp_path / "params.yaml").write_text("cluster: {gpu: {count: 0}}")
     refused = compile_with(tmp_path / "params.yaml")
     assert refused.returncode == 2 and "cluster.gpu.count" in refused.stderr and refused.stderr.count("\n") == 1
-    assert load_cluster(ROOT / "params.yaml").image in (tmp_path / "compiled" / "synthesis.yaml").read_text()
+    image = load_params_file(ROOT / "params.yaml").cluster.image
+    assert image in (tmp_path / "compiled" / "synthesis.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import yaml
 from known import saved_step
 
+from components import task
 from raresynth import cli, flow
 from raresynth.config import GanConfig
 from raresynth.errors import DataError, ParamsError, RaresynthError
@@ -27,7 +29,7 @@ from raresynth.gan.residual import game as residual_game
 from raresynth.gan.residual.game import ResidualGame
 from raresynth.gan.rng import Rng
 from raresynth.gan.training import GanReport, pretrain
-from raresynth.lineage import load_checkpoint, read_report, sha256_file
+from raresynth.lineage import code_hash, load_checkpoint, read_report, sha256_file
 
 KNOBS = {
     "resolution": 32,
@@ -235,6 +237,28 @@ def test_two_ranks_by_torchrun_or_by_params_go_on_from_what_one_process_left(tin
         assert report.curves.losses[loss][:12] == curve[:12]
         assert report.curves.losses[loss] == pytest.approx(curve, abs=0.02)
     assert report.curves != expected.curves
+
+
+@pytest.mark.slow
+def test_under_the_local_runner_the_ranks_report_on_the_users_console(tiny_run, tmp_path):
+    store, console = tmp_path / "store", tmp_path / "console"
+    shutil.copytree(tiny_run.store, store)
+    shutil.rmtree(store / flow.read_record(store, "pretrain").output)
+    console.write_text("said before\n")
+    compute = tiny_run.params.compute.model_copy(update={"ranks": 2})
+    params = tiny_run.params.model_copy(update={"compute": compute}).model_dump_json()
+    given = {name: str(flow.record_path(store, name, flow.ALL)) for name in ("validate", "train-encoder")}
+    arguments = [str(tiny_run.data_dir), params, str(store), code_hash(""), str(tmp_path / "record"), given]
+    # As kfp's local runner starts a task: in a process whose output goes to its own log.
+    command = [sys.executable, "-c", f"from components import task; task.run('pretrain', *{arguments!r})"]
+    environment = os.environ | {task.CONSOLE: str(console)}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, console.read_text()
+    assert (tmp_path / "record").is_file()
+    first, *said = console.read_text().splitlines()
+    assert first == "said before"
+    assert any(re.match(r"pretrain: 400/400 images, ", line) for line in said), said
+    assert "pretrain" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("shape", "images"), [((4, 1, 1, 1), 0), ((4,), 0), ((2, 4), 1)])

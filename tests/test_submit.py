@@ -24,7 +24,7 @@ from pipelines.cluster import ClusterError
 from pipelines.placement import on_cluster
 from pipelines.submit import Request
 from raresynth import __version__
-from raresynth.config import ClusterConfig
+from raresynth.config import ParamsFile
 from raresynth.lineage import sha256_file
 
 ROOT = Path(__file__).parents[1]
@@ -114,13 +114,14 @@ def _of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def request(package: Path, server: KfpStandIn, **asked: object) -> Request:
-    return Request(**{"package": str(package), "arguments": ARGUMENTS, "host": server.url, **asked})
+    given = {"package": str(package), "arguments": ARGUMENTS, "service_account": "trainer", "host": server.url}
+    return Request(**{**given, **asked})
 
 
 def test_a_run_is_asked_for_with_exactly_what_was_given(
     package: Path, stand_in: KfpStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert submit.submit(request(package, stand_in, service_account="trainer", run="first", experiment="rare")) == 0
+    assert submit.submit(request(package, stand_in, run="first", experiment="rare")) == 0
     ((pipeline_id, pipeline),) = stand_in.pipelines.items()
     ((version_id, version),) = stand_in.versions.items()
     ((experiment_id, experiment),) = stand_in.experiments.items()
@@ -189,7 +190,7 @@ def test_without_cache_a_version_is_run_that_caches_nothing(package: Path, stand
 
 
 def test_the_flow_itself_is_submitted(stand_in: KfpStandIn, tmp_path: Path) -> None:
-    path = compiled(build(2, on_cluster(ClusterConfig(), gpu=False)), tmp_path / "augmentation.yaml")
+    path = compiled(build(2, on_cluster(ParamsFile(), gpu=False)), tmp_path / "augmentation.yaml")
     needed = [name for name, parameter in read_package(path).parameters.items() if parameter.required]
     assert submit.submit(request(path, stand_in, arguments=[f"{name}=x" for name in needed], cache=False)) == 0
     assert caching(next(iter(stand_in.packages.values()))) == {False}
@@ -295,7 +296,7 @@ def test_a_package_that_cannot_be_run(tmp_path: Path) -> None:
 )
 def test_hosts_that_are_refused(package: Path, host: str | None, sentence: str) -> None:
     with pytest.raises(ClusterError, match=sentence):
-        submit.submit(Request(str(package), ARGUMENTS, host))
+        submit.submit(Request(str(package), ARGUMENTS, "trainer", host))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_the_host_and_the_page_come_from_kfps_variables(
 ) -> None:
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", stand_in.url)
     monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://ui.example.org")
-    assert submit.submit(Request(str(package), ARGUMENTS)) == 0
+    assert submit.submit(Request(str(package), ARGUMENTS, "trainer")) == 0
     (run_id,) = stand_in.runs
     assert f"https://ui.example.org/#/runs/details/{run_id}" in capsys.readouterr().out
 
@@ -421,12 +422,16 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_submits_and_waits(package: Path, stand_in: KfpStandIn) -> None:
     stand_in.course = ["SUCCEEDED"]
-    options = ["--host", stand_in.url, "--service-account", "trainer", "--no-cache", "--wait"]
+    options = ["--host", stand_in.url, "--no-cache", "--wait"]
     done = cli(package, *options, *ARGUMENTS)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1].endswith(" SUCCEEDED")
     (run,) = stand_in.runs.values()
-    assert (run["service_account"], run["runtime_config"]["parameters"]) == ("trainer", VALUES)
+    manifest = (ROOT / "k8s" / "pipeline" / "base" / "runner.yaml").read_text()
+    (account,) = [made for made in yaml.safe_load_all(manifest) if made["kind"] == "ServiceAccount"]
+    assert (run["service_account"], run["runtime_config"]["parameters"]) == (account["metadata"]["name"], VALUES)
+    assert cli(package, *options, "--service-account", "trainer", *ARGUMENTS).returncode == 0
+    assert [run["service_account"] for run in stand_in.runs.values()][1:] == ["trainer"]
 
 
 def test_the_command_says_what_is_wrong_in_one_sentence(package: Path) -> None:

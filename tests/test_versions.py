@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +119,7 @@ def complaint(repository: str, revision: str, path: str, into: Path) -> str:
     """What is said where nothing can be fetched; nothing is left behind."""
     with pytest.raises(DataError) as error:
         fetch_data(repository, revision, path, into)
-    assert list(into.glob("*")) == []
+    assert [path.name for path in into.iterdir()] == [".lock"]
     return str(error.value)
 
 
@@ -242,6 +244,39 @@ def test_a_password_reaches_git_and_nobody_else(tmp_path: Path, monkeypatch: pyt
         assert "keeps there: data" in complaint(f"http://{place}", "main", "dat", into)
 
 
+def hanging_fetch(into: Path) -> "subprocess.Popen[bytes]":
+    """A fetch that has made its clone's folder and waits for an answer, in a process group of its own."""
+    before = set(into.glob(".clone-*"))
+    command = [sys.executable, "-P", "-m", "raresynth.cli", "fetch-data", "--repo", "ssh://host/x.git", "--rev", "main"]
+    silent = os.environ | {"GIT_SSH_COMMAND": "sleep 600 #"}
+    process = subprocess.Popen([*command, "--to", into], env=silent, start_new_session=True)
+    while not set(into.glob(".clone-*")) - before:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and those that it started, as the end of a container does."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_fetch_is_cleaned_up_after_and_a_living_one_left_alone(tmp_path: Path) -> None:
+    origin, into = with_pointer(tmp_path / "origin", "/nowhere"), tmp_path / "into"
+    kill(hanging_fetch(into))
+    (left,) = into.glob(".clone-*")
+    living = hanging_fetch(into)
+    (used,) = into.glob(".clone-*")
+    assert used != left
+    with pytest.raises(DataError, match="keeps no folder dat"):
+        fetch_data(origin.url, "main", "dat", into)
+    assert list(into.glob(".clone-*")) == [used]
+    kill(living)
+    assert used.is_dir()
+    complaint(origin.url, "main", "dat", into)
+
+
 # What needs DVC and a remote
 
 
@@ -326,7 +361,7 @@ def test_each_revision_arrives_whole(remote: str, tmp_path: Path, request: pytes
         assert report.md5 == dvc_dir_md5(Path(report.folder))
         assert (report.n_files, report.n_bytes) == (len(files), sum(map(len, files.values())))
         assert json.loads(Path(report.folder + ".json").read_text()) == report.model_dump()
-    assert len(list((tmp_path / "store").iterdir())) == 4
+    assert len(list((tmp_path / "store").iterdir())) == 5  # with its lock
 
 
 @pytest.mark.slow
@@ -336,7 +371,7 @@ def test_a_folder_is_fetched_once_and_again_where_it_was_damaged(in_folder: Orig
     others = [start(*command) for _ in range(2)]
     report = fetch_data(in_folder.url, "first", "data", tmp_path / "store")
     assert all(f"{report.md5} of commit {report.commit}, 3 files" in finish(other) for other in others)
-    assert len(list((tmp_path / "store").iterdir())) == 2
+    assert len(list((tmp_path / "store").iterdir())) == 3  # with its lock
 
     damaged = Path(report.folder) / "images" / "2.jpg"
     damaged.unlink()

@@ -33,8 +33,8 @@ class Generators:
         Raises:
             CheckpointError: this is no bundle, or it was changed.
         """
-        self._folder, self._bundle = bundle, open_bundle(bundle)
-        self._sampler = lru_cache(lambda label: Sampler(bundle, label, self._bundle))
+        self.bundle = open_bundle(bundle)
+        self._sampler = lru_cache(lambda label: Sampler(bundle, label, self.bundle))
         self._chunk = lru_cache(maxsize=1)(self._draw_chunk)
 
     def check(self, link: Link, what: str, said: Provenance, content: bytes) -> None:
@@ -57,14 +57,13 @@ class Generators:
         return pixels
 
 
-def audit_batch(folder: Path, bundle: Path) -> Link:
+def audit_batch(folder: Path, generators: Generators) -> Link:
     """Check a folder of synthetic images beside a manifest.csv, as `generate` and `synthesize` leave it.
 
     Raises:
         DataError: the folder has no manifest of synthetic images.
-        CheckpointError: `bundle` is no bundle, or was changed.
     """
-    link, generators = Link(f"synthetic images {folder}"), Generators(bundle)
+    link = Link(f"synthetic images {folder}")
     table = read_synthetic(folder / "manifest.csv", "generate")
     if missing := [column for column in NEEDED if column not in table]:
         raise DataError(

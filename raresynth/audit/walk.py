@@ -7,7 +7,7 @@ from pathlib import Path
 from raresynth.audit.bundle import audit_bundle
 from raresynth.audit.findings import Link
 from raresynth.audit.image import audit_image
-from raresynth.audit.synthetic import audit_batch
+from raresynth.audit.synthetic import Generators, audit_batch
 from raresynth.bundle.contents import Bundle, check_digest
 from raresynth.errors import CheckpointError, DataError, ParamsError
 from raresynth.lineage import dvc_dir_md5, md5_file, read_report, walk
@@ -53,7 +53,7 @@ def audit(subject: Subject) -> Link:
         link = _audit_bundle(subject.bundle, subject.data, repository)
         if subject.batch is None:
             return link
-        batch = audit_batch(subject.batch, subject.bundle)
+        batch = audit_batch(subject.batch, Generators(subject.bundle))
         batch.made_from.append(link)
         return batch
 

@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from raresynth.audit.bundle import audit_bundle
 from raresynth.audit.findings import Link
-from raresynth.audit.synthetic import audit_batch, root_of
-from raresynth.bundle.contents import open_bundle
+from raresynth.audit.synthetic import Generators, audit_batch, root_of
 from raresynth.dataset.manifest import read_synthetic
 from raresynth.errors import DataError, ParamsError
 from raresynth.lineage import Report, sha256_file
@@ -77,7 +76,8 @@ def publish_data(bundle: Path, batches: Sequence[Path], repository: str, branch:
     """
     path = _place(path)
     _require_whole(bundle, audit_bundle(bundle, None))
-    sources = {_approve(batch, bundle): batch for batch in batches}
+    generators = Generators(bundle)
+    sources = {_approve(batch, generators): batch for batch in batches}
     approval = sha256_file(bundle / "bundle.json")
     with cloned(repository) as clone:
         n_new = _publish(clone, branch, path, sources, approval)
@@ -125,16 +125,16 @@ def _require_whole(folder: Path, link: Link) -> None:
         raise DataError(f"{folder} is not approved ({where}{check.what}: {check.detail}); {cure}")
 
 
-def _approve(batch: Path, bundle: Path) -> SyntheticSet:
+def _approve(batch: Path, generators: Generators) -> SyntheticSet:
     """Audit a batch; what it holds, if that is what the gate judged."""
-    _require_whole(batch, audit_batch(batch, bundle))
+    _require_whole(batch, audit_batch(batch, generators))
     table = read_synthetic(batch / "manifest.csv", "generate")
     origins = table[["label", "generator", "seed", "truncation"]].drop_duplicates()
     if len(origins) != 1:
         what = "images of several classes, seeds or truncations" if len(origins) else "no image"
         raise DataError(f"{batch} holds {what}; publish a folder for each of them")
     label, generator, seed, truncation = origins.iloc[0]
-    judged = open_bundle(bundle).generators[label].truncation
+    judged = generators.bundle.generators[label].truncation
     if truncation != judged:
         raise DataError(
             f"{batch} is not approved: it was drawn with truncation {truncation:g}, and the gate judged images of "

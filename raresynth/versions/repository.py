@@ -10,14 +10,16 @@ A whole `dvc pull` in a clone is the fastest way to the images: 10,000 small fil
 """
 
 import configparser
+import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -27,6 +29,7 @@ import yaml
 from raresynth.errors import DataError
 from raresynth.lineage import dvc_list_md5
 
+_CLONE = ".clone-"
 _DVC = (sys.executable, "-P", "-m", "dvc")  # -P, lest a folder of the repository is taken for a package
 
 
@@ -50,17 +53,32 @@ def cloned(url: str, beside: Path | None = None) -> Iterator["Repository"]:
 
     Args:
         url: git repository, a URL or a folder.
-        beside: folder on whose file system the clone and its images are to lie; None for that of temporary files.
+        beside: folder on whose file system the clone and its images are to lie, and which the clones of killed
+            processes are removed from; None for that of temporary files.
 
     Raises:
         DataError: there is no such repository, or no way to it.
     """
     with (
+        nullcontext() if beside is None else _swept(beside),
         # Databases of DVC, which a network volume may not take.
         tempfile.TemporaryDirectory(prefix="raresynth-") as databases,
-        tempfile.TemporaryDirectory(prefix=".clone-", dir=beside) as scratch,
+        tempfile.TemporaryDirectory(prefix=_CLONE, dir=beside) as scratch,
     ):
         yield Repository(url, Path(scratch), Path(databases))
+
+
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """Within the block the clones in a folder are in use. Where they were not before it, they are removed."""
+    with (folder / ".lock").open("a+") as lock:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in folder.glob(f"{_CLONE}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        # For a moment another process may have the lock alone: there is no clone of this one yet.
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
 
 class Repository:
