@@ -10,6 +10,7 @@ from kfp import dsl
 
 from components import entry, stages
 from pipelines.placement import Graph, Place, anywhere
+from raresynth.config import ComputeConfig
 from raresynth.lineage import code_hash
 
 
@@ -136,9 +137,9 @@ def build_local(parallel_tasks: int) -> Graph:
     return local
 
 
-def build(parallel_tasks: int, place: Place) -> Graph:
+def build(compute: ComputeConfig, place: Place) -> Graph:
     """The pipeline `augmentation`: inputs from a form, images by their DVC version, then the flow."""
-    flow = Flow(parallel_tasks, place)
+    flow = Flow(compute.parallel_tasks, place)
     code = code_hash("")
 
     @dsl.pipeline(
@@ -178,6 +179,7 @@ def build(parallel_tasks: int, place: Place) -> Graph:
                 overrides=overrides,
                 name=name,
                 code=code,
+                ranks=compute.ranks,
             )
             chosen = params.outputs["Output"]
             shards = flow.place(entry.plan_shards, params=chosen).outputs["Output"]

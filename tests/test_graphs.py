@@ -10,6 +10,7 @@ from kfp import compiler
 from pipelines.augmentation import build, build_local
 from pipelines.placement import anywhere
 from raresynth import flow
+from raresynth.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
 KFP_ONLY = {"choose-params", "fetch-data", "plan-shards", "release-synthetic", "write-outcome"}
@@ -27,7 +28,7 @@ def dvc_edges() -> Edges:
 @pytest.fixture(scope="module", params=["augmentation", "local"])
 def kfp_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     path = tmp_path_factory.mktemp("kfp") / "pipeline.yaml"
-    pipeline = build(2, anywhere) if request.param == "augmentation" else build_local(2)
+    pipeline = build(ComputeConfig(), anywhere) if request.param == "augmentation" else build_local(2)
     compiler.Compiler().compile(pipeline, str(path))
     return next(yaml.safe_load_all(path.read_text()))
 
