@@ -30,7 +30,7 @@ WITH_SYNTHETIC = [name for name, arm in ARMS.items() if arm.synthetic]
 
 def synthetic_images(inputs: Inputs, trained: Path, out: Path, params: Params) -> None:
     """Every class's images, and one manifest of all."""
-    from raresynth.gan.sampling import synthesize
+    from raresynth.gan.synthesis import Drawing, synthesize
 
     manifest = read_manifest(inputs.manifest)
     counts = manifest["label"][manifest["split"] == "train"].value_counts()
@@ -38,7 +38,8 @@ def synthetic_images(inputs: Inputs, trained: Path, out: Path, params: Params) -
     for label, real in counts.items():
         if not (out / label / "report.json").exists():
             place = trained / (label if label in wanted else "universal")
-            synthesize(place, label, wanted.get(label, real), out / label, params.synthesis, "cpu", None)
+            drawing = Drawing(place, label, params.synthesis, "cpu", None)
+            synthesize(drawing, wanted.get(label, real), out / label)
     tables = [pd.read_csv(out / label / "manifest.csv", keep_default_na=False) for label in sorted(counts.index)]
     pd.concat(tables).to_csv(out / "drawn.csv", index=False, lineterminator="\n")
 

@@ -25,6 +25,14 @@ def choose_params(
 
 
 @component
+def plan_shards(params: str) -> List[str]:  # noqa: UP006
+    """Returns the shards among which reading and drawing images are divided; none where one task does it."""
+    from components.inputs import planned_shards
+
+    return planned_shards(params)
+
+
+@component
 def fetch_data(repository: str, revision: str, path: str, images: dsl.Output[dsl.Dataset]) -> str:
     """Get the images of one data version with DVC and check them; returns their folder, named by the `.dir` hash."""
     from components.inputs import fetched_images

@@ -8,7 +8,8 @@ from kfp import dsl
 
 from components.artifacts import write_text
 from components.task import VOLUME, check_code, errors_as_sentences
-from raresynth.config import choose_params
+from raresynth.config import Params, choose_params
+from raresynth.dataset.shards import shard_names
 from raresynth.errors import ParamsError
 from raresynth.versions.fetch import fetch_data
 
@@ -43,6 +44,11 @@ def chosen_params(
             )
     write_text(chosen, f"```json\n{params.model_dump_json(indent=2, exclude_defaults=True)}\n```\n")
     return params.model_dump_json()
+
+
+def planned_shards(params: str) -> list[str]:
+    """The shards that the run's params ask for."""
+    return shard_names(Params.model_validate_json(params).compute.shards)
 
 
 def fetched_images(repository: str, revision: str, path: str, images: dsl.Dataset) -> str:

@@ -13,6 +13,14 @@ from components.base import component
 
 
 @component
+def probe(shard: str, data: str, params: str, store: str, code: str, record: dsl.Output[dsl.Artifact]):
+    """Read and decode one shard of the images' files."""
+    from components.task import run
+
+    run("probe", data, params, store, code, record.path, {}, shard)
+
+
+@component
 def build_manifest(data: str, params: str, store: str, code: str, record: dsl.Output[dsl.Artifact]):
     """List the images, their labels and groups, and split them."""
     from components.task import run
@@ -83,6 +91,35 @@ def finetune(
         record.path,
         {"validate": validation.path, "train-encoder": encoder.path, "pretrain": universal.path},
         label,
+    )
+
+
+@component
+def draw(
+    label: str,
+    shard: str,
+    data: str,
+    params: str,
+    store: str,
+    code: str,
+    validation: dsl.Input[dsl.Artifact],
+    encoder: dsl.Input[dsl.Artifact],
+    generator: dsl.Input[dsl.Artifact],
+    record: dsl.Output[dsl.Artifact],
+):
+    """Draw one shard of the images that balance a class."""
+    from components.task import run
+    from raresynth.dataset.shards import part_name
+
+    run(
+        "draw",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {"validate": validation.path, "train-encoder": encoder.path, "finetune": generator.path},
+        part_name(label, shard),
     )
 
 

@@ -10,6 +10,7 @@ from kfp import dsl
 
 from components import entry, stages
 from pipelines.placement import Graph, Place, anywhere
+from raresynth.config import ComputeConfig
 from raresynth.lineage import code_hash
 
 
@@ -22,13 +23,44 @@ class Flow:
 
     def __init__(self, parallel_tasks: int, place: Place) -> None:
         self.place = place
+        self.probes = self._probes(parallel_tasks)
+        self.drawings = self._drawings(parallel_tasks)
         self.class_generators = self._class_generators(parallel_tasks)
         self.classifier_arms = self._classifier_arms(parallel_tasks)
+
+    def _probes(self, parallel_tasks: int) -> Graph:
+        @dsl.pipeline(name="probes", description="The images' files, read in shards; none where one task reads all.")
+        def probes(shards: List[str], data: str, params: str, store: str, code: str):  # noqa: UP006
+            with dsl.ParallelFor(shards, parallelism=parallel_tasks) as shard:
+                self.place(stages.probe, shard=shard, data=data, params=params, store=store, code=code)
+
+        return probes
+
+    def _drawings(self, parallel_tasks: int) -> Graph:
+        @dsl.pipeline(name="drawings", description="A class's images, drawn in shards; none where one task draws all.")
+        def drawings(
+            shards: List[str],  # noqa: UP006
+            label: str,
+            data: str,
+            params: str,
+            store: str,
+            code: str,
+            validation: dsl.Input[dsl.Artifact],
+            encoder: dsl.Input[dsl.Artifact],
+            generator: dsl.Input[dsl.Artifact],
+        ):
+            with dsl.ParallelFor(shards, parallelism=parallel_tasks) as shard:
+                where = {"label": label, "data": data, "params": params, "store": store, "code": code}
+                checked = {"validation": validation, "encoder": encoder}
+                self.place(stages.draw, shard=shard, **where, **checked, generator=generator)
+
+        return drawings
 
     def _class_generators(self, parallel_tasks: int) -> Graph:
         @dsl.pipeline(name="class-generators", description="A generator a class, its images, and how good they are.")
         def class_generators(
             labels: List[str],  # noqa: UP006
+            shards: List[str],  # noqa: UP006
             data: str,
             params: str,
             store: str,
@@ -40,8 +72,9 @@ class Flow:
             with dsl.ParallelFor(labels, parallelism=parallel_tasks) as label:
                 where = {"label": label, "data": data, "params": params, "store": store, "code": code}
                 checked = {"validation": validation, "encoder": encoder}
-                generator = self.place(stages.finetune, **where, **checked, universal=universal)
-                synthetic = self.place(stages.synthesize, **where, **checked, generator=generator.outputs["record"])
+                generator = self.place(stages.finetune, **where, **checked, universal=universal).outputs["record"]
+                drawn = self.drawings(shards=shards, **where, **checked, generator=generator)
+                synthetic = self.place(stages.synthesize, **where, **checked, generator=generator).after(drawn)
                 self.place(stages.measure, **where, **checked, synthetic=synthetic.outputs["record"])
 
         return class_generators
@@ -63,20 +96,22 @@ class Flow:
 
         return classifier_arms
 
-    def wire(self, where: dict[str, object]) -> None:
+    def wire(self, shards: object, where: dict[str, object]) -> None:
         """Add all stages to the pipeline that is being built.
 
         Args:
+            shards: names of the shards, a list that may be empty.
             where: data, params, store and code, as every stage takes them.
         """
-        manifest = self.place(stages.build_manifest, **where)
-        checked = self.place(stages.validate, **where, manifest=manifest.outputs["record"])
+        probes = self.probes(shards=shards, **where)
+        manifest = self.place(stages.build_manifest, **where).after(probes)
+        checked = self.place(stages.validate, **where, manifest=manifest.outputs["record"]).after(probes)
         validation = checked.outputs["record"]
         encoder = self.place(stages.train_encoder, **where, validation=validation).outputs["record"]
         universal = self.place(stages.pretrain, **where, validation=validation, encoder=encoder).outputs["record"]
         measured = {"validation": validation, "encoder": encoder}
         labels = checked.outputs["Output"]
-        classes = self.class_generators(labels=labels, **where, **measured, universal=universal)
+        classes = self.class_generators(labels=labels, shards=shards, **where, **measured, universal=universal)
         majority = self.place(stages.synthesize_majority, **where, validation=validation, universal=universal)
         gated = self.place(stages.gate, **where, validation=validation, majority=majority.outputs["record"]).after(
             classes
@@ -96,15 +131,15 @@ def build_local(parallel_tasks: int) -> Graph:
     flow = Flow(parallel_tasks, anywhere)
 
     @dsl.pipeline(name="raresynth-run")
-    def local(data: str, params: str, store: str, code: str):
-        flow.wire({"data": data, "params": params, "store": store, "code": code})
+    def local(shards: List[str], data: str, params: str, store: str, code: str):  # noqa: UP006
+        flow.wire(shards, {"data": data, "params": params, "store": store, "code": code})
 
     return local
 
 
-def build(parallel_tasks: int, place: Place) -> Graph:
+def build(compute: ComputeConfig, place: Place) -> Graph:
     """The pipeline `augmentation`: inputs from a form, images by their DVC version, then the flow."""
-    flow = Flow(parallel_tasks, place)
+    flow = Flow(compute.parallel_tasks, place)
     code = code_hash("")
 
     @dsl.pipeline(
@@ -144,10 +179,11 @@ def build(parallel_tasks: int, place: Place) -> Graph:
                 overrides=overrides,
                 name=name,
                 code=code,
+                ranks=compute.ranks,
             )
+            chosen = params.outputs["Output"]
+            shards = flow.place(entry.plan_shards, params=chosen).outputs["Output"]
             images = flow.place(entry.fetch_data, repository=repository, revision=revision, path=path).after(params)
-            flow.wire(
-                {"data": images.outputs["Output"], "params": params.outputs["Output"], "store": name, "code": code}
-            )
+            flow.wire(shards, {"data": images.outputs["Output"], "params": chosen, "store": name, "code": code})
 
     return augmentation

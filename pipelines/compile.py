@@ -22,12 +22,11 @@ def compile_packages(params: Path, out: Path) -> list[Path]:
         ParamsError: the file is missing or holds an impossible knob.
     """
     settings = load_params_file(params)
-    parallel_tasks = settings.compute.parallel_tasks
     cpu, gpu = on_cluster(settings, gpu=False), on_cluster(settings, gpu=True)
     packages = {
-        out / "augmentation-cpu.yaml": augmentation.build(parallel_tasks, cpu),
-        out / "augmentation-gpu.yaml": augmentation.build(parallel_tasks, gpu),
-        out / "synthesis.yaml": synthesis.build(parallel_tasks, cpu),
+        out / "augmentation-cpu.yaml": augmentation.build(settings.compute, cpu),
+        out / "augmentation-gpu.yaml": augmentation.build(settings.compute, gpu),
+        out / "synthesis.yaml": synthesis.build(settings.compute.parallel_tasks, cpu),
     }
     out.mkdir(parents=True, exist_ok=True)
     for path, pipeline in packages.items():

@@ -23,6 +23,7 @@ _TRAINING = {
     "train-encoder",
     "pretrain",
     "finetune",
+    "draw",
     "synthesize",
     "synthesize-majority",
     "measure",
@@ -48,10 +49,7 @@ def on_cluster(params: ParamsFile, gpu: bool) -> Place:
     cluster, ranks = params.cluster, params.compute.ranks
 
     def place(component: Graph, /, **inputs) -> dsl.PipelineTask:
-        name = component.name
-        if name == "choose-params":
-            inputs["ranks"] = ranks  # a run cannot have more of them than `pretrain` is given room for here
-        task = component(**inputs)
+        task, name = component(**inputs), component.name
         training, processes = name in _TRAINING, ranks if name == "pretrain" else 1
         task.set_container_image(cluster.image)
         task.set_display_name(name.replace("-", " ").capitalize())

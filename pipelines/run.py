@@ -42,6 +42,7 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
 
     from pipelines.augmentation import build_local
     from raresynth.config import Params
+    from raresynth.dataset.shards import shard_names
     from raresynth.lineage import code_hash
 
     error_file, log = scratch / "error", scratch / "kfp.log"
@@ -52,11 +53,12 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
         "PYTHONSAFEPATH": "1",
     }
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(scratch / "artifacts"))
-    pipeline = build_local(Params.model_validate_json(params).compute.parallel_tasks)
+    compute = Params.model_validate_json(params).compute
+    pipeline, shards = build_local(compute.parallel_tasks), shard_names(compute.shards)
     with log.open("w", encoding="utf-8") as file:
         try:
             with _quiet(file):
-                pipeline(data=str(data), params=params, store=str(store), code=code_hash(""))
+                pipeline(shards=shards, data=str(data), params=params, store=str(store), code=code_hash(""))
         except Exception as failure:
             if error_file.exists():
                 return error_file.read_text(encoding="utf-8")

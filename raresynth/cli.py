@@ -13,15 +13,18 @@ from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, CheckpointError, DataError, ParamsError, RaresynthError, describe
 from raresynth.processes import leads, only_run_of, rank_and_world
 
+_SHARDED = {name for name, stage in flow.STAGES.items() if stage.each in {"shard", "part"}}
 EXIT_BROKEN = 1
 EXIT_USER_ERROR = 2
 
 _HELP = {
+    "probe": "read the images' files in shards, such as 1-of-4, if compute.shards asks for some",
     "build-manifest": "list the images, their labels and groups, and split them",
     "validate": "check every image and its metadata, quarantine what is bad",
     "train-encoder": "train the encoder that every measurement uses",
     "pretrain": "train the universal generator on all train images",
     "finetune": "fine-tune a generator for each class that needs images",
+    "draw": "draw each class in shards, such as nevus/1-of-4, if compute.shards asks for some",
     "synthesize": "make the images that balance the train split",
     "synthesize-majority": "make images of the other classes, for the classifier that sees no real ones",
     "measure": "measure each class's synthetic images",
@@ -181,7 +184,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     run = _open_run(arguments.data, arguments.params, arguments.out)
     known = flow.items(run, flow.STAGES[arguments.stage].each)
     if arguments.item is not None and arguments.item not in known:
-        raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; choose from {', '.join(known)}")
+        choice = f"choose from {', '.join(known)}" if known else "it has nothing to do"
+        raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; {choice}")
     with only_run_of(run.store):
         if arguments.item is not None:
             records = [flow.execute(arguments.stage, run, arguments.item)]
@@ -195,7 +199,11 @@ def _stage(arguments: argparse.Namespace) -> None:
 
         print(f"\n{summarize(run.store)}")
     if not known:
-        print(f"{arguments.stage}: nothing to do, no class needs synthetic images")
+        shards = run.params.compute.shards
+        why = (
+            "compute.shards is 1" if shards == 1 and arguments.stage in _SHARDED else "no class needs synthetic images"
+        )
+        print(f"{arguments.stage}: nothing to do, {why}")
 
 
 def _open_run(data: Path | None, params: Path | None, store: Path) -> flow.Run:

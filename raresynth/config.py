@@ -41,6 +41,8 @@ class ComputeConfig(Config):
     """Classes or arms that run at once, each in a process of its own."""
     checkpoint_every_s: Positive = 30.0
     """Seconds between training checkpoints; a killed run loses at most this much work."""
+    shards: PositiveCount = 1
+    """Tasks among which reading the images, and drawing those of a class, are divided; the results are the same."""
     ranks: PositiveCount = 1
     """Processes that share each batch of `pretrain`, one a GPU where there are GPUs: raresynth/gan/ranks.py. A compiled
     package gives its `pretrain` what so many need; its runs cannot choose another number."""

@@ -30,10 +30,13 @@ from raresynth.processes import leads, limit_threads, prepare_worker, rank_and_w
 from raresynth.progress import lines_only
 
 if TYPE_CHECKING:
+    from raresynth.dataset.probe import Seen
+    from raresynth.gan.synthesis import Drawing
     from raresynth.quality.judge import KidJudge
 
 ALL = "all"
 """Item of a stage that runs once."""
+Each = Literal["label", "arm", "shard", "part"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Record(lineage.Report):
     inputs: dict[str, str]
     """Upstream `stage/item` -> SHA-256 of what it left."""
     source: str
-    """`.dir` hash of the image folder, where the stage reads it as a whole; else empty."""
+    """`.dir` hash of the image folder, or of a shard of it, where the stage is the first to read it; else empty."""
     weights: dict[str, str]
     """Params section -> SHA-256 of the weights file that it names."""
     code: str
@@ -80,6 +83,8 @@ class Record(lineage.Report):
         return lineage.sha256_json([self.status, self.reason, self.files])
 
 
+Needs = Mapping[str, Mapping[str, Record]]
+"""Upstream stage -> item -> its record."""
 Outcome = tuple[Literal["done", "failed", "skipped"], str]
 DONE: Outcome = ("done", "")
 
@@ -92,7 +97,7 @@ class Task:
     item: str
     out_dir: Path
     key: str
-    needs: Mapping[str, Mapping[str, Record]]
+    needs: Needs
 
     def path(self, stage: str, item: str | None = None) -> Path:
         """Folder in which an upstream stage left its result."""
@@ -123,10 +128,18 @@ def device(params: Params) -> str:
     return "cuda" if params.compute.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def _probe(task: Task) -> Outcome:
+    from raresynth.dataset.shards import probe_shard
+
+    probe_shard(task.run.data_dir, task.item, task.out_dir, task.run.params.validation)
+    return DONE
+
+
 def _build_manifest(task: Task) -> Outcome:
     from raresynth.dataset.importers import build_manifest
 
-    build_manifest(task.run.data_dir, task.out_dir, task.run.params.dataset, task.run.params.seed)
+    run = task.run
+    build_manifest(run.data_dir, task.out_dir, run.params.dataset, run.params.seed, _seen(run, task.needs))
     return DONE
 
 
@@ -138,8 +151,15 @@ def _validate(task: Task) -> Outcome:
     _named_files(params, ("classifier", "quality"))
     check_ranks(resolve(params.gan), params.compute.ranks)
     manifest = task.path("build-manifest") / "manifest.csv"
-    validate(task.run.data_dir, manifest, task.out_dir, params.validation)
+    validate(task.run.data_dir, manifest, task.out_dir, params.validation, _seen(task.run, task.needs))
     return DONE
+
+
+def _seen(run: Run, needs: Needs) -> "dict[str, Seen]":
+    """What the shards tell of the files; nothing where there are none."""
+    from raresynth.dataset.shards import read_shards
+
+    return read_shards(run.store / record.output for record in needs["probe"].values())
 
 
 def _train_encoder(task: Task) -> Outcome:
@@ -203,17 +223,21 @@ def _judge(task: Task) -> "KidJudge":
     return KidJudge(run.data_dir, task.manifest, task.path("train-encoder"), run.params.seed, run.packed)
 
 
-def _synthesize(task: Task) -> Outcome:
-    from raresynth.dataset.balance import images_to_synthesize
-    from raresynth.dataset.manifest import read_manifest
-    from raresynth.gan.sampling import synthesize
-    from raresynth.quality.sieve import TrainSieve
+def _draw(task: Task) -> Outcome:
+    from raresynth.dataset.shards import label_and_shard, number_and_count
+    from raresynth.gan.synthesis import draw_part
 
-    run, label = task.run, task.item
-    n = images_to_synthesize(read_manifest(task.manifest), run.params.balance)[label]
-    config = run.params.synthesis
-    sieve = TrainSieve(run.data_dir, task.manifest, task.path("train-encoder"), label, config, run.packed)
-    report = synthesize(task.path("finetune"), label, n, task.out_dir, config, task.device, sieve)
+    label, shard = label_and_shard(task.item)
+    drawing, n = _drawing(task, label)
+    draw_part(drawing, n, *number_and_count(shard), task.out_dir)
+    return DONE
+
+
+def _synthesize(task: Task) -> Outcome:
+    from raresynth.gan.synthesis import synthesize
+
+    drawing, n = _drawing(task, task.item)
+    report = synthesize(drawing, n, task.out_dir, [task.path("draw", part) for part in task.needs["draw"]])
     if report.n_images == n:
         return DONE
     why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in report.rejected.items())
@@ -223,10 +247,23 @@ def _synthesize(task: Task) -> Outcome:
     )
 
 
+def _drawing(task: Task, label: str) -> "tuple[Drawing, int]":
+    """A class's generator with its sieve, and how many images balance the class."""
+    from raresynth.dataset.balance import images_to_synthesize
+    from raresynth.dataset.manifest import read_manifest
+    from raresynth.gan.synthesis import Drawing
+    from raresynth.quality.sieve import TrainSieve
+
+    run, config = task.run, task.run.params.synthesis
+    sieve = TrainSieve(run.data_dir, task.manifest, task.path("train-encoder"), label, config, run.packed)
+    drawing = Drawing(task.path("finetune", label), label, config, task.device, sieve)
+    return drawing, images_to_synthesize(read_manifest(task.manifest), run.params.balance)[label]
+
+
 def _synthesize_majority(task: Task) -> Outcome:
     from raresynth.dataset.balance import images_to_synthesize
     from raresynth.dataset.manifest import read_manifest
-    from raresynth.gan.sampling import synthesize
+    from raresynth.gan.synthesis import Drawing, synthesize
 
     run = task.run
     if "synthetic" not in run.params.classifier.arms:
@@ -235,8 +272,8 @@ def _synthesize_majority(task: Task) -> Outcome:
     counts = manifest["label"][manifest["split"] == "train"].value_counts()
     for label in sorted(counts.index.difference(list(images_to_synthesize(manifest, run.params.balance)))):
         n = min(int(counts[label]), run.params.balance.max_per_class or int(counts[label]))
-        folder = task.out_dir / label
-        synthesize(task.path("pretrain"), label, n, folder, run.params.synthesis, task.device, None)
+        drawing = Drawing(task.path("pretrain"), label, run.params.synthesis, task.device, None)
+        synthesize(drawing, n, task.out_dir / label)
     return DONE
 
 
@@ -398,6 +435,16 @@ def _report(task: Task) -> Outcome:
     return DONE
 
 
+def _md5_of_shard(run: Run, shard: str, _: Needs) -> str:
+    from raresynth.dataset.shards import shard_md5
+
+    return shard_md5(run.data_dir, shard)
+
+
+def _md5_of_folder(run: Run, _: str, needs: Needs) -> str:
+    return lineage.dvc_dir_md5(run.data_dir, {path: seen.md5 for path, seen in _seen(run, needs).items()})
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of the flow.
@@ -408,7 +455,8 @@ class Stage:
         sections: params sections that change its result.
         code: library parts that change its result.
         place: where its result lies below the run's folder, with {item} and {key} filled in.
-        each: what it is repeated for.
+        each: what it is repeated for; a part is a shard of a class.
+        source: hash of the raw images that it is the first to read.
         extra: further files it leaves, outside its place.
     """
 
@@ -417,7 +465,8 @@ class Stage:
     sections: tuple[str, ...]
     code: tuple[str, ...]
     place: str
-    each: Literal["label", "arm"] | None = None
+    each: Each | None = None
+    source: Callable[[Run, str, Needs], str] | None = None
     extra: tuple[str, ...] = ()
     resumes: bool = field(default=False)
 
@@ -425,10 +474,14 @@ class Stage:
 _IMAGES = ("dataset/images.py", "dataset/manifest.py", "lineage.py")
 _TRAINING = (*_IMAGES, "training_state.py")
 _JUDGING = tuple(f"quality/{name}.py" for name in ("copying", "distances", "encoder", "judge", "neighbours", "reals"))
+_DRAWING = (*_IMAGES, "gan", *_JUDGING, "quality/sieve.py", "dataset/balance.py", "dataset/shards.py")
 
 STAGES: dict[str, Stage] = {
-    "build-manifest": Stage(_build_manifest, (), ("seed", "dataset"), ("dataset",), "manifest"),
-    "validate": Stage(_validate, ("build-manifest",), ("validation",), ("dataset",), "validation"),
+    "probe": Stage(_probe, (), ("validation",), ("dataset",), "probed/{item}", each="shard", source=_md5_of_shard),
+    "build-manifest": Stage(
+        _build_manifest, ("probe",), ("seed", "dataset"), ("dataset",), "manifest", source=_md5_of_folder
+    ),
+    "validate": Stage(_validate, ("probe", "build-manifest"), ("validation",), ("dataset",), "validation"),
     "train-encoder": Stage(
         _train_encoder,
         ("validate",),
@@ -454,11 +507,19 @@ STAGES: dict[str, Stage] = {
         each="label",
         resumes=True,
     ),
-    "synthesize": Stage(
-        _synthesize,
+    "draw": Stage(
+        _draw,
         ("validate", "train-encoder", "finetune"),
         ("balance", "synthesis"),
-        (*_IMAGES, "gan", *_JUDGING, "quality/sieve.py", "dataset/balance.py"),
+        _DRAWING,
+        "drawn/{item}",
+        each="part",
+    ),
+    "synthesize": Stage(
+        _synthesize,
+        ("validate", "train-encoder", "finetune", "draw"),
+        ("balance", "synthesis"),
+        _DRAWING,
         "synthetic/{item}",
         each="label",
     ),
@@ -530,17 +591,39 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def items(run: Run, each: Literal["label", "arm"] | None) -> list[str]:
-    """What a stage is repeated for: the classes to synthesise, the classifier's arms, or once."""
+def items(run: Run, each: Each | None) -> list[str]:
+    """What a stage is repeated for: the classes to synthesise, the classifier's arms, shards, or once.
+
+    Shards there are where `compute.shards` is above 1.
+    """
+    if each is None:
+        return [ALL]
     if each == "arm":
         return list(run.params.classifier.arms)
-    if each == "label":
-        from raresynth.dataset.balance import images_to_synthesize
-        from raresynth.dataset.manifest import read_manifest
+    if each == "shard":
+        return _shards(run)
+    labels = _labels(run)
+    return labels if each == "label" else [part for label in labels for part in _parts(run, label)]
 
-        manifest = read_manifest(run.store / STAGES["validate"].place / "manifest.csv")
-        return [label for label, n in images_to_synthesize(manifest, run.params.balance).items() if n > 0]
-    return [ALL]
+
+def _shards(run: Run) -> list[str]:
+    from raresynth.dataset.shards import shard_names
+
+    return shard_names(run.params.compute.shards)
+
+
+def _parts(run: Run, label: str) -> list[str]:
+    from raresynth.dataset.shards import part_name
+
+    return [part_name(label, shard) for shard in _shards(run)]
+
+
+def _labels(run: Run) -> list[str]:
+    from raresynth.dataset.balance import images_to_synthesize
+    from raresynth.dataset.manifest import read_manifest
+
+    manifest = read_manifest(run.store / STAGES["validate"].place / "manifest.csv")
+    return [label for label, n in images_to_synthesize(manifest, run.params.balance).items() if n > 0]
 
 
 def records_before(stage: str, run: Run) -> list[Record]:
@@ -570,7 +653,7 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     spec = STAGES[stage]
     needs = _upstream(spec, run, item, given or {})
     inputs = {f"{name}/{of}": record.digest for name, records in needs.items() for of, record in records.items()}
-    source = lineage.dvc_dir_md5(run.data_dir) if not spec.needs else ""
+    source = spec.source(run, item, needs) if spec.source else ""
     weights = _named_files(run.params, spec.sections)
     code = lineage.code_hash(*spec.code)
     key = key_of(stage, item, inputs, source, run.params, weights, code)
@@ -623,6 +706,7 @@ def key_of(
 def execute_all(stage: str, run: Run) -> list[Record]:
     """Run one stage for all its items, as many at once as params allow, each in a process of its own."""
     todo = items(run, STAGES[stage].each)
+    record_path(run.store, stage, ALL).parent.mkdir(parents=True, exist_ok=True)  # DVC follows it where it is empty too
     workers = min(len(todo), run.params.compute.parallel_tasks)
     if workers <= 1:
         return [execute(stage, run, item) for item in todo]
@@ -651,10 +735,22 @@ def _named_files(params: Params, sections: tuple[str, ...]) -> dict[str, str]:
 def _upstream(spec: Stage, run: Run, item: str, given: Mapping[str, Path]) -> dict[str, dict[str, Record]]:
     needs: dict[str, dict[str, Record]] = {}
     for name in spec.needs:
-        each = STAGES[name].each
-        wanted = [item] if each is not None and each == spec.each else items(run, each)
+        wanted = _wanted(run, spec.each, item, STAGES[name].each)
         needs[name] = {of: _read_record(given.get(name) or record_path(run.store, name, of), name) for of in wanted}
     return needs
+
+
+def _wanted(run: Run, each: Each | None, item: str, upstream: Each | None) -> list[str]:
+    """The items of an upstream stage that one item needs: of a class its own, of arms its own, else all."""
+    from raresynth.dataset.shards import label_and_shard
+
+    if upstream == each and each is not None:
+        return [item]
+    if each == "part" and upstream == "label":
+        return [label_and_shard(item)[0]]
+    if each == "label" and upstream == "part":
+        return _parts(run, item)
+    return items(run, upstream)
 
 
 def read_record(store: Path, stage: str, item: str = ALL) -> Record:
@@ -684,7 +780,7 @@ def _finished(path: Path, key: str, store: Path) -> Record | None:
 
 def _attempt(stage: str, task: Task) -> tuple[Outcome, bool]:
     """What became of a stage, and whether an error ended it: with a class that fails the others go on."""
-    if STAGES[stage].each != "label":
+    if STAGES[stage].each not in {"label", "part"}:
         return STAGES[stage].call(task), False
     failed = [record for records in task.needs.values() for record in records.values() if record.status == "failed"]
     if failed:  # a class whose generator collapsed is carried on as failed; the gate then says why

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -83,9 +84,14 @@ def walk(folder: Path, skip: tuple[str, ...] = ()) -> Iterator[tuple[Path, list[
         yield Path(parent), names
 
 
-def dvc_dir_md5(folder: Path) -> str:
-    """The `.dir` hash that `dvc add` gives to `folder`: md5 of the JSON list of its files' md5."""
-    return dvc_list_md5({path.relative_to(folder).as_posix(): md5_file(path) for path in _files(folder)})
+def dvc_dir_md5(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The `.dir` hash that `dvc add` gives to `folder`: md5 of the JSON list of its files' md5.
+
+    Args:
+        known: md5 of files that were read already, by path.
+    """
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    return dvc_list_md5({name: known.get(name) or md5_file(path) for name, path in files.items()})
 
 
 def dvc_list_md5(files: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SCREENED = 0.25
 """A trial pre-trains for this part of the params' length: enough to compare knobs, at a fraction of the time."""
-UPSTREAM = ("build-manifest", "validate", "train-encoder")
+UPSTREAM = ("probe", "build-manifest", "validate", "train-encoder")
 """What a search needs of the flow."""
 COLLAPSED = 1e6
 """What the search takes for the KID of knobs with which training collapses."""
@@ -61,7 +61,7 @@ def tune(run: flow.Run, budget_s: float) -> TuningReport:
         raise ParamsError(f"tune searches knobs of gan.preset raresynth, not of {run.params.gan.preset}; set it")
     ends = time.monotonic() + budget_s
     for stage in UPSTREAM:
-        flow.execute(stage, run)
+        flow.execute_all(stage, run)
     labels = flow.items(run, "label")
     if not labels:
         raise DataError("no class needs synthetic images, so there is nothing to tune; see the params' section balance")

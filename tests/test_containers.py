@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RUN = "sample"
 CLASSES = ["dermatofibroma", "vascular"]
 OVERRIDES = {
-    "compute": {"checkpoint_every_s": 0.01},
+    "compute": {"checkpoint_every_s": 0.01, "shards": 2},
     "encoder": {"steps": 40, "width": 8, "batch_size": 32},
     "gan": {"width": 8, "latent_dim": 16, "snapshots": 2, "batch_size": 16, "pretrain_kimg": 2.0, "finetune_kimg": 0.3},
     "balance": {"policy": "fixed", "count": 32},
@@ -129,8 +129,8 @@ def test_it_is_what_raresynth_run_makes_unkilled(store: Path, place: Path, tmp_p
     for name in [stage for stage in flow.STAGES if stage not in {"package", "report"}]:
         for record in (tmp_path / "run" / "stages").glob(f"{name}.json") or ():
             assert (store / "stages" / record.name).read_text() == record.read_text(), name
-        for record in (tmp_path / "run" / "stages" / name).glob("*.json"):
-            assert (store / "stages" / name / record.name).read_text() == record.read_text(), name
+        for record in (tmp_path / "run" / "stages" / name).rglob("*.json"):
+            assert (store / record.relative_to(tmp_path / "run")).read_text() == record.read_text(), name
 
 
 def test_the_bundle_is_audited_back_to_the_data_version(store: Path, place: Path) -> None:

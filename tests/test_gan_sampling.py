@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -16,8 +17,9 @@ from raresynth.gan.latents import CHUNK, aligned_chunks, latents
 from raresynth.gan.png import Provenance, encode_png, to_pixels
 from raresynth.gan.presets import resolve
 from raresynth.gan.residual.game import ResidualGame
-from raresynth.gan.sampling import MOST_DRAWN, generate, load_generator, synthesize
+from raresynth.gan.sampling import generate, load_generator
 from raresynth.gan.seed_paper.game import SeedPaperGame
+from raresynth.gan.synthesis import MOST_DRAWN, Drawing, draw_part, synthesize
 from raresynth.lineage import save_checkpoint, sha256_file
 
 CLASSES = ["df", "nv", "vasc"]
@@ -39,7 +41,7 @@ def generator_dir(request, tmp_path_factory):
 
 
 def draw(generator_dir, label, n, out, seed=0, sieve=None, **knobs):
-    return synthesize(generator_dir, label, n, out, SynthesisConfig(seed=seed, **knobs), "cpu", sieve)
+    return synthesize(Drawing(generator_dir, label, SynthesisConfig(seed=seed, **knobs), "cpu", sieve), n, out)
 
 
 def test_a_latent_depends_on_seed_and_index_alone():
@@ -211,3 +213,57 @@ def test_another_class_and_damaged_weights_are_refused(generator_dir, tmp_path):
 def test_latents_and_png_load_no_torch():
     code = "import sys, raresynth.gan.latents, raresynth.gan.png; assert 'torch' not in sys.modules, 'torch was loaded'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Particular:
+    """Rejects a third of the images by their pixels, as a sieve does, and counts the chunks that it sees."""
+
+    def __init__(self):
+        self.chunks = 0
+
+    def judge(self, images):
+        self.chunks += 1
+        return [("atypical", None, None)[zlib.crc32(image.tobytes()) % 3] for image in images]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_class_drawn_in_parts_is_the_same_bytes(generator_dir, tmp_path, count):
+    drawing = Drawing(generator_dir, "df", SynthesisConfig(seed=3), "cpu", Particular())
+    whole = synthesize(drawing, 100, tmp_path / "whole" / "df")
+    parts = [tmp_path / f"part-{number}" for number in range(count)]
+    for number, part in enumerate(parts):
+        assert draw_part(drawing, 100, number, count, part) >= 100 // count
+    sieve = Particular()
+    merging = Drawing(generator_dir, "df", SynthesisConfig(seed=3), "cpu", sieve)
+    assert synthesize(merging, 100, tmp_path / "merged" / "df", parts) == whole
+    few = sieve.chunks
+    assert few <= 3  # nearly all was drawn in the parts
+    files = {p.relative_to(tmp_path / "whole"): p.read_bytes() for p in (tmp_path / "whole").rglob("*") if p.is_file()}
+    assert files == {
+        p.relative_to(tmp_path / "merged"): p.read_bytes() for p in (tmp_path / "merged").rglob("*") if p.is_file()
+    }
+    some = synthesize(merging, 100, tmp_path / "some" / "df", parts[1:])
+    assert some == whole
+    assert sieve.chunks - few > few
+
+
+def test_parts_that_are_missing_or_damaged_are_refused(generator_dir, tmp_path):
+    drawing = Drawing(generator_dir, "df", SynthesisConfig(), "cpu", None)
+    with pytest.raises(CheckpointError, match="run the stage draw again"):
+        synthesize(drawing, 4, tmp_path / "df", [tmp_path / "nowhere"])
+    draw_part(drawing, 4, 0, 2, tmp_path / "part")
+    (tmp_path / "part" / "verdicts.json").write_text("{")
+    with pytest.raises(CheckpointError, match="run the stage draw again"):
+        synthesize(drawing, 4, tmp_path / "df", [tmp_path / "part"])
+    assert not (tmp_path / "df").exists()
+
+
+def test_a_part_gives_up_where_nothing_is_kept(generator_dir, tmp_path):
+    class Strict:
+        def judge(self, images):
+            return ["near_copy"] * len(images)
+
+    drawing = Drawing(generator_dir, "df", SynthesisConfig(), "cpu", Strict())
+    assert draw_part(drawing, 8, 1, 2, tmp_path / "part") == 0
+    report = synthesize(drawing, 8, tmp_path / "df", [tmp_path / "part"])
+    assert (report.n_images, report.n_drawn) == (0, 8 * MOST_DRAWN)

@@ -10,9 +10,10 @@ from kfp import compiler
 from pipelines.augmentation import build, build_local
 from pipelines.placement import anywhere
 from raresynth import flow
+from raresynth.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
-KFP_ONLY = {"choose-params", "fetch-data", "release-synthetic", "write-outcome"}
+KFP_ONLY = {"choose-params", "fetch-data", "plan-shards", "release-synthetic", "write-outcome"}
 Edges = set[tuple[str, str]]
 
 TABLE_EDGES: Edges = {(upstream, name) for name, stage in flow.STAGES.items() for upstream in stage.needs}
@@ -27,7 +28,7 @@ def dvc_edges() -> Edges:
 @pytest.fixture(scope="module", params=["augmentation", "local"])
 def kfp_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     path = tmp_path_factory.mktemp("kfp") / "pipeline.yaml"
-    pipeline = build(2, anywhere) if request.param == "augmentation" else build_local(2)
+    pipeline = build(ComputeConfig(), anywhere) if request.param == "augmentation" else build_local(2)
     compiler.Compiler().compile(pipeline, str(path))
     return next(yaml.safe_load_all(path.read_text()))
 
@@ -79,7 +80,8 @@ def test_kfp_holds_the_stages_and_edges_of_the_table(kfp_spec: dict) -> None:
     nodes, edges = kfp_edges(kfp_spec)
     assert nodes - KFP_ONLY == set(flow.STAGES)
     assert nodes & KFP_ONLY in (KFP_ONLY, {"release-synthetic"})
-    assert {edge for edge in edges if not KFP_ONLY & set(edge)} == TABLE_EDGES
+    waits_for_the_loop = {("draw", stage) for stage in ("gate", "package", "report")}
+    assert {edge for edge in edges if not KFP_ONLY & set(edge)} == TABLE_EDGES | waits_for_the_loop
 
 
 def test_classes_and_arms_are_loops(kfp_spec: dict) -> None:
@@ -89,7 +91,12 @@ def test_classes_and_arms_are_loops(kfp_spec: dict) -> None:
         for task in component.get("dag", {}).get("tasks", {}).values()
         if "parameterIterator" in task
     }
-    assert set(loops) == {frozenset({"finetune", "synthesize", "measure"}), frozenset({"train-classifier"})}
+    assert set(loops) == {
+        frozenset({"probe"}),
+        frozenset({"draw"}),
+        frozenset({"finetune", "drawings", "synthesize", "measure"}),
+        frozenset({"train-classifier"}),
+    }
     assert all(task["iteratorPolicy"]["parallelismLimit"] == 2 for task in loops.values())
 
 
@@ -109,7 +116,8 @@ def test_release_is_the_only_branch(kfp_spec: dict) -> None:
 def test_dvc_follows_the_params_and_code_that_a_stage_depends_on() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for name, stage in flow.STAGES.items():
-        assert stages[name]["params"] == list(stage.sections)
+        shards = ["compute.shards"] if stage.each in {"shard", "part"} else []
+        assert stages[name]["params"] == [*stage.sections, *shards]
         code = {f"raresynth/{part}".rstrip("/") for part in stage.code}
         assert {dep for dep in stages[name]["deps"] if dep.startswith("raresynth")} == code
         assert stages[name]["cmd"].split()[:2] == ["raresynth", name]

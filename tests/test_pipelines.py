@@ -22,13 +22,14 @@ TRAINING = {
     "train-encoder",
     "pretrain",
     "finetune",
+    "draw",
     "synthesize",
     "synthesize-majority",
     "measure",
     "train-classifier",
     "evaluate",
 }
-STAGES = TRAINING | {"build-manifest", "validate", "gate", "package", "report"}
+STAGES = TRAINING | {"probe", "build-manifest", "validate", "gate", "package", "report"}
 PARAMS = """
 compute: {parallel_tasks: 5, ranks: 3}
 cluster:
@@ -243,7 +244,7 @@ def calls(folder: str, name: str) -> list[ast.Call]:
 
 def test_the_sources_avoid_the_traps_of_kfp() -> None:
     loops = calls("pipelines", "ParallelFor")
-    assert len(loops) == 3 and not any(keyword.arg == "name" for loop in loops for keyword in loop.keywords)
+    assert len(loops) == 5 and not any(keyword.arg == "name" for loop in loops for keyword in loop.keywords)
     assert not calls("pipelines", "set_retry") and not calls("pipelines", "Collected")
     for path in (ROOT / "components").glob("*.py"):
         assert "NamedTuple" not in path.read_text() and "from __future__" not in path.read_text()

@@ -24,7 +24,7 @@ from pipelines.cluster import ClusterError
 from pipelines.placement import on_cluster
 from pipelines.submit import Request
 from raresynth import __version__
-from raresynth.config import ParamsFile
+from raresynth.config import ComputeConfig, ParamsFile
 from raresynth.lineage import sha256_file
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_without_cache_a_version_is_run_that_caches_nothing(package: Path, stand
 
 
 def test_the_flow_itself_is_submitted(stand_in: KfpStandIn, tmp_path: Path) -> None:
-    path = compiled(build(2, on_cluster(ParamsFile(), gpu=False)), tmp_path / "augmentation.yaml")
+    path = compiled(build(ComputeConfig(), on_cluster(ParamsFile(), gpu=False)), tmp_path / "augmentation.yaml")
     needed = [name for name, parameter in read_package(path).parameters.items() if parameter.required]
     assert submit.submit(request(path, stand_in, arguments=[f"{name}=x" for name in needed], cache=False)) == 0
     assert caching(next(iter(stand_in.packages.values()))) == {False}

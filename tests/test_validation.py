@@ -282,7 +282,8 @@ def test_probes_come_in_the_order_of_the_files(tmp_path):
     for index in range(150):
         paths.append(tmp_path / f"{index}.jpg")
         paths[-1].write_bytes(whole(0) if index % 3 else b"")
-    assert [probe.defect for probe in probe_files([*paths, None], 32, 100)] == [
+    paths.append(tmp_path / "nowhere.jpg")
+    assert [probe.defect for probe in probe_files(paths, 32, 100)] == [
         *(None if index % 3 else "empty" for index in range(150)),
         "missing",
     ]

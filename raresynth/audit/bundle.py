@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from raresynth import flow
 from raresynth.audit.findings import Link
 from raresynth.bundle.contents import DIGEST, Bundle, check_digest
-from raresynth.config import Params
+from raresynth.config import ComputeConfig, Params
 from raresynth.errors import CheckpointError, RaresynthError
 from raresynth.lineage import code_hash, dvc_dir_md5, read_report, sha256_file, walk
 from raresynth.quality.gate import decide
@@ -212,8 +212,9 @@ def _repeat(link: Link, data: Path, params: Params, manifest: flow.Record, valid
         why = "this version of raresynth has other code for it; take the one of the bundle's commit"
         link.unchecked("made again from the raw images", why)
         return
+    undivided = params.model_copy(update={"compute": ComputeConfig()})  # shards leave the same files
     with tempfile.TemporaryDirectory() as scratch:
-        again = flow.Run(data, Path(scratch), params)
+        again = flow.Run(data, Path(scratch), undivided)
         for before in (manifest, validation):
             made = _read(link, f"{before.stage} runs again", partial(flow.execute, before.stage, again))
             if made is None:

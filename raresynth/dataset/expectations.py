@@ -4,13 +4,14 @@ The Great Expectations suite runs twice: over the manifest as found, which shows
 one, which must pass. Equal manifests and images leave equal bytes, the Data Docs included.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from raresynth.config import ValidationConfig
 from raresynth.dataset.manifest import count_classes, read_manifest, write_manifest
-from raresynth.dataset.probe import probe_files
+from raresynth.dataset.probe import MISSING, NOTHING_SEEN, Probe, Seen, probe_files
 from raresynth.dataset.quarantine import COLUMNS, find_defects, find_small_classes
 from raresynth.dataset.suite import ExpectationResult, derive_columns, run_suite
 from raresynth.errors import DataError
@@ -36,21 +37,27 @@ class ValidationReport(Report):
     """The cleaned manifest satisfies every expectation."""
 
 
-def validate(data_dir: Path, manifest_path: Path, out_dir: Path, config: ValidationConfig) -> ValidationReport:
+def validate(
+    data_dir: Path,
+    manifest_path: Path,
+    out_dir: Path,
+    config: ValidationConfig,
+    seen: Mapping[str, Seen] = NOTHING_SEEN,
+) -> ValidationReport:
     """Check a manifest and the files it names; write manifest.csv (cleaned), quarantine.csv, report.json, data_docs/.
 
     Bad rows and the rows of classes that are too small go to quarantine.csv with a reason (see
     `quarantine.find_defects`; `class_too_small` besides).
+
+    Args:
+        seen: files that shards have decoded already, by path relative to `data_dir`; the others are decoded here.
 
     Raises:
         DataError: fewer than two classes remain, or the cleaned manifest still breaks a critical expectation, such as
             a group in two splits. The files are written all the same, to show what is wrong.
     """
     manifest = read_manifest(manifest_path).fillna("")
-    files = [
-        data_dir / path if sha256 else None for path, sha256 in zip(manifest["path"], manifest["sha256"], strict=True)
-    ]
-    probes = probe_files(files, config.min_side, config.max_side)
+    probes = _probes(data_dir, manifest, config, seen)
     defects = find_defects(manifest, probes, config.near_duplicate_bits)
     near_duplicate_of = defects["detail"][defects["reason"] == "near_duplicate"]
     sound = manifest.drop(defects.index)
@@ -86,6 +93,16 @@ def validate(data_dir: Path, manifest_path: Path, out_dir: Path, config: Validat
         write_report(folder / "report.json", report)
     _stop_if_unusable(report, cleaned, out_dir)
     return report
+
+
+def _probes(data_dir: Path, manifest: pd.DataFrame, config: ValidationConfig, seen: Mapping[str, Seen]) -> list[Probe]:
+    there = manifest["path"][manifest["sha256"] != ""]
+    undecoded = [path for path in dict.fromkeys(there) if path not in seen]
+    decoded = probe_files([data_dir / path for path in undecoded], config.min_side, config.max_side)
+    probes = dict(zip(undecoded, decoded, strict=True)) | {path: seen[path].probe for path in there if path in seen}
+    return [
+        probes[path] if sha256 else MISSING for path, sha256 in zip(manifest["path"], manifest["sha256"], strict=True)
+    ]
 
 
 def _stop_if_unusable(report: ValidationReport, cleaned: pd.DataFrame, out_dir: Path) -> None:

@@ -5,26 +5,22 @@ columns. What it cannot place it keeps: an image that the metadata does not name
 a file has an empty sha256. `validate` puts both into quarantine, so nothing is silently dropped.
 """
 
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from raresynth.config import CsvColumns, DatasetConfig, SplitShares
 from raresynth.dataset.images import may_be_image, printable
 from raresynth.dataset.manifest import COLUMNS, count_classes, write_manifest
+from raresynth.dataset.probe import NO_FILE, NOTHING_SEEN, Seen, read_facts
 from raresynth.dataset.splits import assign_splits
 from raresynth.errors import DataError
 from raresynth.lineage import Report, new_dir, sha256_file, walk, write_report
-from raresynth.progress import progress
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 SPLIT_NAMES = {
@@ -38,9 +34,6 @@ GROUP_COLUMNS = ("group", "patient_id", "lesion_id")
 """What an unconfigured metadata.csv may call its columns; a patient holds lesions, so it comes first."""
 MAX_LABEL_BYTES = 200
 """Room for what is added to a label in the names of folders, which may have 255 bytes."""
-CHUNK = 256
-"""Files a worker reads at a time, so that memory does not grow with their number."""
-
 Layout = Literal["ham10000", "isic", "folders", "csv"]
 
 
@@ -87,11 +80,16 @@ class Table:
     empty_classes: tuple[str, ...] = ()
 
 
-def build_manifest(data_dir: Path, out_dir: Path, config: DatasetConfig, seed: int) -> ManifestReport:
+def build_manifest(
+    data_dir: Path, out_dir: Path, config: DatasetConfig, seed: int, seen: Mapping[str, Seen] = NOTHING_SEEN
+) -> ManifestReport:
     """Write manifest.csv and report.json of the images below `data_dir`.
 
     Splits are stratified by class over the rows whose file is an image, never divide a group, and depend on the
     seed and the rows alone; where the source names the splits, those are kept.
+
+    Args:
+        seen: files that shards have read already, by path relative to `data_dir`; the others are read here.
 
     Raises:
         DataError: the folder is missing, its layout is unknown or broken, or an image has several labels.
@@ -100,7 +98,7 @@ def build_manifest(data_dir: Path, out_dir: Path, config: DatasetConfig, seed: i
         raise DataError(f"the data folder {data_dir} does not exist; name a folder of images")
     source = find_files(data_dir)
     table = _import(source, config)
-    rows = _read_files(table.rows, source)
+    rows = _read_files(table.rows, source, seen)
     splits_from_source = "split" in rows
     if splits_from_source:
         _check_splits(rows, data_dir)
@@ -413,46 +411,18 @@ def _locate(rows: pd.DataFrame, images: Iterable[str], below: str = ".", exclude
 # Files and splits
 
 
-def _read_files(rows: pd.DataFrame, source: Source) -> pd.DataFrame:
+def _read_files(rows: pd.DataFrame, source: Source, seen: Mapping[str, Seen]) -> pd.DataFrame:
     # What a CSV names outside the folder ("../x.png") is as good as missing.
     listed = set(source.images)
-    facts = list(_facts([source.data_dir / path if path in listed else None for path in rows["path"]]))
-    rows["sha256"] = pd.Series([sha256 for sha256, _, _ in facts], dtype=str)
-    rows["width"] = [width for _, width, _ in facts]
-    rows["height"] = [height for _, _, height in facts]
+    paths = [path if path in listed else None for path in rows["path"]]
+    unread = list(dict.fromkeys(path for path in paths if path is not None and path not in seen))
+    facts = dict(zip(unread, read_facts([source.data_dir / path for path in unread]), strict=True))
+    facts |= {path: file.facts for path, file in seen.items()}
+    found = [NO_FILE if path is None else facts[path] for path in paths]
+    rows["sha256"] = pd.Series([file.sha256 for file in found], dtype=str)
+    rows["width"] = [file.width for file in found]
+    rows["height"] = [file.height for file in found]
     return rows
-
-
-def _facts(paths: Sequence[Path | None]) -> Iterator[tuple[str, int, int]]:
-    def read(chunk: Sequence[Path | None]) -> list[tuple[str, int, int]]:
-        return [_file_facts(path) if path else ("", 0, 0) for path in chunk]
-
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        progress("read files", len(paths), "images") as advance,
-    ):
-        # Only the header is read here; `validate` refuses an image that is too large to decode.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for facts in pool.map(read, chunks):
-            yield from facts
-            advance(len(facts))
-
-
-def _file_facts(path: Path) -> tuple[str, int, int]:
-    """SHA-256, width and height; empty text without a file, zeros without an image header."""
-    try:
-        with path.open("rb") as file:
-            sha256 = file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            try:
-                with Image.open(file) as image:
-                    return sha256, *image.size
-            except Exception:  # a broken file can raise anything in PIL's parsers; `validate` finds out what is wrong
-                return sha256, 0, 0
-    except OSError:
-        return "", 0, 0
 
 
 def _check_splits(rows: pd.DataFrame, data_dir: Path) -> None:

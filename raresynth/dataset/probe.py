@@ -1,12 +1,14 @@
-"""Is a file a sound image? Each is read and decoded once, and hashed by how it looks."""
+"""What a file of the images' folder is: its bytes, its size, whether it decodes to its end, and how it looks."""
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,7 +22,9 @@ DRAFT_SIDE = 64
 """JPEG files are decoded at the smallest scale that is no smaller; the hash looks at 64 x 64 pixels."""
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
 CHUNK = 64
+"""Files that a thread takes at a time."""
 
+T = TypeVar("T")
 FileDefect = Literal["missing", "empty", "not_an_image", "truncated", "too_small", "too_large"]
 
 
@@ -42,25 +46,69 @@ class Probe:
 MISSING = Probe("missing", "there is no such file, or it cannot be read")
 
 
-def probe_files(paths: Sequence[Path | None], min_side: int, max_side: int) -> list[Probe]:
-    """Decode every file (None: it was missing before); sides are in pixels, what is larger is not decoded at all."""
+class Facts(NamedTuple):
+    """What is told of a file before it is decoded."""
 
-    def probe_chunk(chunk: Sequence[Path | None]) -> list[Probe]:
-        return [probe_file(path, min_side, max_side) if path else MISSING for path in chunk]
+    sha256: str
+    """Empty without a file."""
+    width: int
+    height: int
+    """In pixels; zeros without an image's header."""
 
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    probes: list[Probe] = []
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        progress("check images", len(paths), "images") as advance,
-    ):
+
+NO_FILE = Facts("", 0, 0)
+
+
+class Seen(NamedTuple):
+    """All that one reading of a file tells."""
+
+    md5: str
+    facts: Facts
+    probe: Probe
+
+
+NOTHING_SEEN: Mapping[str, Seen] = MappingProxyType({})
+
+
+def read_facts(paths: Sequence[Path]) -> Iterator[Facts]:
+    """Hash every file and read its header."""
+    with warnings.catch_warnings():
+        # Only the header is read; the probe refuses an image that is too large to decode.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield from _of_each(_file_facts, paths, "read files")
+
+
+def probe_files(paths: Sequence[Path], min_side: int, max_side: int) -> Iterator[Probe]:
+    """Decode every file; sides are in pixels, what is larger is not decoded at all."""
+    with warnings.catch_warnings():
         # PIL warns of an image that is too large to decode safely before it refuses one of twice that size.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for chunk in pool.map(probe_chunk, chunks):
-            probes += chunk
-            advance(len(chunk))
-    return probes
+        yield from _of_each(lambda path: probe_file(path, min_side, max_side), paths, "check images")
+
+
+def _of_each(look: Callable[[Path], T], paths: Sequence[Path], what: str) -> Iterator[T]:
+    def look_at(chunk: Sequence[Path]) -> list[T]:
+        return [look(path) for path in chunk]
+
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress(what, len(paths), "images") as advance:
+        for found in pool.map(look_at, chunks):
+            yield from found
+            advance(len(found))
+
+
+def _file_facts(path: Path) -> Facts:
+    try:
+        with path.open("rb") as file:
+            sha256 = file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            try:
+                with Image.open(file) as image:
+                    return Facts(sha256, *image.size)
+            except Exception:  # a broken file can raise anything in PIL's parsers; the probe finds out what is wrong
+                return Facts(sha256, 0, 0)
+    except OSError:
+        return NO_FILE
 
 
 def probe_file(path: Path, min_side: int, max_side: int) -> Probe:

@@ -14,7 +14,7 @@ from raresynth.classifier.training import ClassifierReport
 from raresynth.config import Params
 from raresynth.dataset.expectations import ValidationReport
 from raresynth.dataset.manifest import read_manifest
-from raresynth.gan.sampling import SynthesisReport
+from raresynth.gan.synthesis import SynthesisReport
 from raresynth.gan.training import GanReport
 from raresynth.lineage import ReportT, read_report
 from raresynth.quality.encoder import EncoderReport
