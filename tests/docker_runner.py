@@ -21,8 +21,6 @@ from pipelines import augmentation, synthesis
 from pipelines.placement import USER, on_cluster
 from raresynth.config import ParamsFile
 
-PIPELINES = {"augmentation": augmentation.build, "synthesis": synthesis.build}
-
 
 def run_and_wait(
     client: docker.DockerClient, image: str, command: list[str], volumes: dict[str, Any], **arguments: Any
@@ -57,7 +55,13 @@ def main() -> None:
             mounts=[Mount("/store", volume, type="bind"), Mount(repository, repository, type="bind")],
         )
         local.init(runner, pipeline_root=root)
-        PIPELINES[name](2, on_cluster(ParamsFile(), gpu=False))(**arguments)
+        params = ParamsFile()
+        place = on_cluster(params, gpu=False)
+        pipelines = {
+            "augmentation": augmentation.build(params.compute, place),
+            "synthesis": synthesis.build(params.compute.parallel_tasks, place),
+        }
+        pipelines[name](**arguments)
 
 
 if __name__ == "__main__":
