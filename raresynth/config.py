@@ -21,8 +21,10 @@ Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Resolution = Literal[32, 64, 128, 256]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kKMGT]i?)?$")]
-"""A Kubernetes quantity, such as 500m or 16Gi."""
+Cores = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?m?$")]
+"""A Kubernetes quantity of CPU, such as 500m or 2."""
+Bytes = Annotated[str, Field(pattern=r"^[0-9]+(Ki|[MGT]i?)?$")]
+"""A Kubernetes quantity of memory, such as 512Mi or 16Gi; KFP takes whole numbers only."""
 
 
 class Config(BaseModel):
@@ -274,9 +276,9 @@ class Params(Config):
 class Resources(Config):
     """What one kind of task asks a node for, `pretrain` for each of its ranks; Kubernetes quantities."""
 
-    cpu: Quantity
-    memory: Quantity
-    shared_memory: Quantity
+    cpu: Cores
+    memory: Bytes
+    shared_memory: Bytes
     """Size of /dev/shm, which counts as memory."""
 
 

@@ -656,7 +656,7 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     source = spec.source(run, item, needs) if spec.source else ""
     weights = _named_files(run.params, spec.sections)
     code = lineage.code_hash(*spec.code)
-    key = key_of(stage, item, inputs, source, run.params, weights, code)
+    key = key_of(stage, item, inputs, source, run.params.model_dump(mode="json"), weights, code)
     path = record_path(run.store, stage, item)
     finished = _finished(path, key, run.store)
     if finished is not None:
@@ -694,12 +694,16 @@ def key_of(
     item: str,
     inputs: Mapping[str, str],
     source: str,
-    params: Params,
+    params: Mapping[str, Any],
     weights: Mapping[str, str],
     code: str,
 ) -> str:
-    """SHA-256 of all that a stage's result depends on; arguments as in `Record`."""
-    sections = params.model_dump(mode="json", include=set(STAGES[stage].sections))
+    """SHA-256 of all that a stage's result depends on; arguments as in `Record`.
+
+    Args:
+        params: as JSON, with the knobs that there were when the stage ran.
+    """
+    sections = {name: params[name] for name in STAGES[stage].sections if name in params}
     return lineage.sha256_json([stage, item, dict(inputs), source, sections, dict(weights), code])
 
 

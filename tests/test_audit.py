@@ -109,6 +109,21 @@ def test_other_params_are_found(bundle: Path) -> None:
     )
 
 
+def test_a_bundle_from_before_a_knob_was_added_is_whole(bundle: Path) -> None:
+    params = json.loads((bundle / "bundle.json").read_text())["lineage"]["params"]
+    del params["balance"]["classes"]
+
+    def as_it_was_then(records: list) -> None:
+        for record in records:
+            values = [record[name] for name in ("stage", "item", "inputs", "source")]
+            record["key"] = flow.key_of(*values, params, record["weights"], record["code"])
+
+    rewrite(bundle, as_it_was_then, "lineage/records.json")
+    assert "synthesize/vascular: done: its inputs, params" in complaints(audit(Subject(bundle)))
+    rewrite(bundle, lambda content: content["lineage"].update(params=params))
+    assert not audit(Subject(bundle)).broken()
+
+
 def test_a_changed_record_is_found(bundle: Path) -> None:
     def change(records: list) -> None:
         (record,) = (record for record in records if record["stage"] == "pretrain")

@@ -40,6 +40,8 @@ def test_the_four_presets_are_there() -> None:
         ("gate: {c_t: .nan}", "gate.c_t"),
         ("seed: 99999999999999999999", "seed"),
         ("cluster: {training: {memory: plenty}}", "cluster.training.memory"),
+        ("cluster: {training: {memory: 1.5Gi}}", "cluster.training.memory"),
+        ("cluster: {training: {cpu: 2Gi}}", "cluster.training.cpu"),
     ],
 )
 def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> None:

@@ -55,7 +55,7 @@ def audit_bundle(folder: Path, data: Path | None) -> Link:
     _check_models(root, bundle, records)
     _check_decisions(root, folder, bundle, records, params)
     stages = root.below(f"{len(records)} stages, each with the key and the inputs of its record")
-    _check_records(stages, bundle, records, params)
+    _check_records(stages, bundle, records)
     _check_images(stages, folder, bundle, records, params, data)
     return root
 
@@ -151,8 +151,9 @@ def _wrong_decision(folder: Path, label: str, entry: Mapping[str, Any], records:
     return "" if again.model_dump(mode="json") == entry else f"its figures say {again.decision}"
 
 
-def _check_records(link: Link, bundle: Bundle, records: Records, params: Params) -> None:
+def _check_records(link: Link, bundle: Bundle, records: Records) -> None:
     """Each record's key, and that it read what the stages before it left."""
+    params = bundle.lineage.params  # as they were written: knobs that came later are not in the keys of these records
     for name, record in records.items():
         key = flow.key_of(record.stage, record.item, record.inputs, record.source, params, record.weights, record.code)
         wrong = [] if key == record.key else ["its inputs, params or code are not those of its key"]
