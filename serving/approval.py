@@ -14,12 +14,14 @@ def open_approved(folder: Path, sha256: str = "") -> Bundle:
         sha256: SHA-256 that its bundle.json must have; empty for any.
 
     Raises:
-        CheckpointError: this is no bundle, a file in it was changed, it is another one, or it holds an unapproved model.
+        CheckpointError: this is no bundle, a file in it was changed, it is another one, or holds unapproved models.
     """
     bundle = open_bundle(folder)
     found = sha256_file(folder / "bundle.json")
     if sha256 and found != sha256:
-        raise CheckpointError(f"{folder} is another bundle than the one to be served: its SHA-256 is {found}, not {sha256}")
+        raise CheckpointError(
+            f"{folder} is another bundle than the one to be served: its SHA-256 is {found}, not {sha256}"
+        )
     if reasons := [*_unapproved_classifier(bundle), *_unapproved_generators(bundle)]:
         raise CheckpointError(f"{folder} may not be served: {'; '.join(reasons)}; package a run's approved models")
     return bundle

@@ -73,9 +73,7 @@ class Batcher(Generic[Item, Answer]):
                 batch.append(entry)
         return batch
 
-    def _finish(
-        self, futures: Sequence[asyncio.Future[Answer]], done: asyncio.Future[Sequence[Answer]]
-    ) -> None:
+    def _finish(self, futures: Sequence[asyncio.Future[Answer]], done: asyncio.Future[Sequence[Answer]]) -> None:
         self._free += 1
         error = done.exception()
         answers = [None] * len(futures) if error else done.result()

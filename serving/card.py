@@ -25,7 +25,7 @@ def model_card(models: Models, folder: Path) -> dict[str, Any]:
     """The card as JSON values."""
     bundle = models.bundle
     evaluation = _read(folder, "evaluation")
-    arm = next((arm for arm in evaluation["arms"] if arm["arm"] == bundle.classifier.arm), {})
+    arm: dict[str, Any] = next((arm for arm in evaluation["arms"] if arm["arm"] == bundle.classifier.arm), {})
     return {
         "intended_use": INTENDED_USE,
         "limits": list(LIMITS),

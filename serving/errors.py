@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 P = ParamSpec("P")
 T = TypeVar("T")
-S = TypeVar("S")
 
 
 class ErrorDetail(BaseModel):
@@ -69,15 +68,13 @@ class ApiError(Exception):
         return JSONResponse(ErrorBody(error=detail).model_dump(), CODES[self.code][0], headers)
 
 
-def answered(
-    method: Callable[Concatenate[S, P], Awaitable[T]],
-) -> Callable[Concatenate[S, P], Awaitable[T]]:
+def answered(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     """Let a route raise ApiError: BentoML would log it as a crash and answer in a format of its own."""
 
     @functools.wraps(method)
-    async def answering(self: S, *args: P.args, **kwargs: P.kwargs) -> Any:
+    async def answering(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
-            return await method(self, *args, **kwargs)
+            return await method(*args, **kwargs)
         except ApiError as error:
             return error.response()
 

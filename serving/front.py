@@ -56,6 +56,7 @@ class Front:
         """
         self._app, self._settings = app, settings
         self._keys = Keys(settings.keys_file) if settings.keys_file else None
+        log.setLevel(logging.INFO)  # BentoML shows warnings alone
         self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
         self._running, self._buffered = 0, 0
 
@@ -76,7 +77,7 @@ class Front:
         except Gone:
             exchange.status = 499
         finally:
-            exchange.tell()
+            exchange.end()
 
     def _admit(self, route: Route, exchange: "Exchange", scope: Scope) -> None:
         """Check the key, its scope and its rate."""
@@ -126,15 +127,16 @@ class Front:
 
     async def _read(self, receive: Receive, most: int) -> bytes:
         chunks: list[bytes] = []
+        size, more = 0, True
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
-                more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Gone
                     chunks.append(message.get("body", b""))
-                    if sum(map(len, chunks)) > most:
+                    size += len(chunks[-1])
+                    if size > most:
                         raise ApiError("too_large", f"the body may have {most} bytes at most")
                     more = message.get("more_body", False)
         except TimeoutError:
@@ -151,17 +153,14 @@ class Front:
             self._running -= 1
             metrics.in_flight.set(self._running)
 
-        exchange.on_finish(finished)
-        try:
-            await self._run(exchange, scope, receive)
-        finally:
-            exchange.finish()
+        exchange.on_end(finished)
+        await self._run(exchange, scope, receive)
 
     async def _run(self, exchange: "Exchange", scope: Scope, receive: Receive) -> None:
         """Let BentoML answer within the deadline; what a task does after its answer has no deadline."""
         try:
             async with asyncio.timeout(self._settings.timeout_s) as deadline:
-                exchange.on_finish(lambda: deadline.reschedule(None))
+                exchange.deadline = deadline
                 await self._app(scope, receive, exchange.send)
         except TimeoutError:
             raise ApiError("timeout", f"the work took longer than {self._settings.timeout_s:g} s") from None
@@ -178,7 +177,10 @@ class Exchange:
     Attributes:
         client: name of the key that asks.
         status: of the answer, 0 before there is one.
+        deadline: lifted once the answer is sent: a task works on after that.
     """
+
+    deadline: asyncio.Timeout | None = None
 
     def __init__(self, route: Route | None, send: Send, headers: Headers) -> None:
         self.route, self._send, self.headers = route, send, headers
@@ -188,16 +190,16 @@ class Exchange:
         self._began = time.perf_counter()
         self._failing: list[bytes] | None = None
         self._start: Message = {}
-        self._finishers: list[Callable[[], None]] = []
+        self._at_end = [self._tell]
 
-    def on_finish(self, finisher: Callable[[], None]) -> None:
-        """Have something done, once, as soon as the answer is sent or given up."""
-        self._finishers.append(finisher)
+    def on_end(self, what: Callable[[], None]) -> None:
+        """Have something done as soon as the answer is sent or given up."""
+        self._at_end.append(what)
 
-    def finish(self) -> None:
-        """Do what waits for the end."""
-        while self._finishers:
-            self._finishers.pop()()
+    def end(self) -> None:
+        """Do what waits for the end, the first time."""
+        while self._at_end:
+            self._at_end.pop()()
 
     async def send(self, message: Message) -> None:
         """Pass BentoML's answer on; one that tells an error is held back until it can be put into our format."""
@@ -216,7 +218,9 @@ class Exchange:
             if last:
                 await self.refuse(_in_our_format(self._start, b"".join(self._failing)))
         if last:
-            self.finish()
+            if self.deadline and not self.deadline.expired():
+                self.deadline.reschedule(None)
+            self.end()
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with an error, unless an answer is under way already."""
@@ -232,11 +236,11 @@ class Exchange:
         self.status = start["status"]
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["X-Request-ID"] = self.request_id
-        headers.update({name: value for name, value in SECURITY.items()})
+        headers.update(SECURITY)
         del headers["server"]
         await self._send({**start, "headers": headers.raw})
 
-    def tell(self) -> None:
+    def _tell(self) -> None:
         """Count and log the exchange: never its body, nor its query or file names."""
         path = self.route.path if self.route else "other"
         seconds = time.perf_counter() - self._began
@@ -281,6 +285,13 @@ def _in_our_format(start: Message, body: bytes) -> ApiError:
         return ApiError(detail["code"], detail["message"], float(retry) if retry else None)
     except (ValueError, KeyError, TypeError):
         status = start["status"]
-        by_status = {400: "malformed", 404: "not_found", 405: "method", 413: "too_large", 503: "overloaded", 504: "timeout"}
+        by_status = {
+            400: "malformed",
+            404: "not_found",
+            405: "method",
+            413: "too_large",
+            503: "overloaded",
+            504: "timeout",
+        }
         code = by_status.get(status, "internal" if status >= 500 else "malformed")
         return ApiError(code, CODES[code][1], _RETRY_S if code == "overloaded" else None)

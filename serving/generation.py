@@ -9,10 +9,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from raresynth.bundle.sampler import Sampler
 from serving import metrics
+from serving.answers import BatchResult
 from serving.archives import Dropped, write_archive
 from serving.archives import Order as Drawing
 from serving.errors import ApiError
@@ -21,17 +20,6 @@ from serving.requests import Order
 from serving.settings import Settings
 
 RETRY_S = 60.0
-
-
-class BatchResult(BaseModel):
-    """What a finished /generate_batch left."""
-
-    path: str
-    """Where the archive can be fetched."""
-    sha256: str
-    n_bytes: int
-    n: int
-    label: str
 
 
 class Generation:
@@ -76,7 +64,9 @@ class Generation:
                 self._task_thread, self._as_file, sampler, drawing, dropped
             )
         except OSError as error:
-            raise ApiError("no_space", "the service cannot write the archive; ask for less, or tell its admin") from error
+            raise ApiError(
+                "no_space", "the service cannot write the archive; ask for less, or tell its admin"
+            ) from error
         except Dropped:
             raise ApiError("overloaded", "the service is going down; ask again", RETRY_S) from None
         finally:

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 TENTHS = tuple(round(0.1 * step, 1) for step in range(1, 11))
-LATEST = "mostrecent"
+LATEST: Literal["mostrecent"] = "mostrecent"
 """Of a worker that died and the one that came after it, the newer one's value."""
 
 requests = Counter("raresynth_requests", "Requests by path (`other` for unknown ones) and status", ["path", "status"])

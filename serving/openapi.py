@@ -1,6 +1,7 @@
 """The one OpenAPI document, made from the table of routes."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from raresynth import __version__
 from serving.errors import CODES, ErrorBody
-from serving.requests import Image, Images
+from serving.requests import Body, Image, Images
 from serving.routes import ROUTES, Route
 
 _REF = "#/components/schemas/{model}"
@@ -21,10 +22,8 @@ def openapi() -> dict[str, Any]:
     """The document as JSON values, OpenAPI 3.1."""
     bodies = [route.body for route in ROUTES if route.body]
     answers = [route.answer for route in ROUTES if not isinstance(route.answer, str)]
-    models = dict.fromkeys([*bodies, *answers, ErrorBody])
-    _, definitions = models_json_schema(
-        [(model, "serialization") for model in models], ref_template=_REF
-    )
+    models: dict[type[BaseModel], None] = dict.fromkeys([*bodies, *answers, ErrorBody])
+    _, definitions = models_json_schema([(model, "serialization") for model in models], ref_template=_REF)
     paths: dict[str, Any] = {}
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
@@ -47,8 +46,7 @@ def openapi() -> dict[str, Any]:
 def _operation(route: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": f"{route.method.lower()}_{route.path.strip('/').replace('/', '_').replace('{', '').replace('}', '')}"
-        or "page",
+        "operationId": "_".join([route.method.lower(), *re.findall(r"\w+", route.path)]),
         "security": [] if route.access == "public" else [{"key": []}],
         "responses": {"200": _answer(route), **_errors(route)},
     }
@@ -56,7 +54,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if parameters := [*_parameters("path", in_path), *_parameters("query", route.query)]:
         operation["parameters"] = parameters
     if route.body:
-        operation["requestBody"] = _body(route)
+        operation["requestBody"] = _body(route.body, route.example)
     return operation
 
 
@@ -87,13 +85,12 @@ def _error(status: int, codes: list[str]) -> dict[str, Any]:
     return {"description": f"{HTTPStatus(status).phrase}. {meaning}", "content": content}
 
 
-def _body(route: Route) -> dict[str, Any]:
-    assert route.body is not None
-    form = route.body in (Image, Images)
-    content: dict[str, Any] = {"schema": _reference(route.body), "example": dict(route.example)}
+def _body(kind: type[Body], example: Mapping[str, Any]) -> dict[str, Any]:
+    form = kind in (Image, Images)
+    content: dict[str, Any] = {"schema": _reference(kind), "example": dict(example)}
     if form:
         # A file cannot stand in an example; the fields' encoding says what the parts are.
-        field = "image" if route.body is Image else "images"
+        field = "image" if kind is Image else "images"
         content["encoding"] = {field: {"contentType": "image/jpeg, image/png, image/webp"}}
     return {"required": True, "content": {"multipart/form-data" if form else "application/json": content}}
 

@@ -2,72 +2,22 @@
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
-
-from pydantic import BaseModel, Field
+from typing import ParamSpec, TypeVar
 
 from raresynth.dataset.images import Pixels
 from serving import metrics
+from serving.activation import ActivationMaps
+from serving.answers import BatchItem, BatchPredictions, ItemError, OutOfDistribution, Prediction, Versions
 from serving.batching import Batcher
 from serving.errors import ApiError
 from serving.models import Models, Verdict
 from serving.settings import Settings
 from serving.uploads import decode_upload
 
-
-class Versions(BaseModel):
-    """What answered."""
-
-    bundle: str
-    """SHA-256 of bundle.json."""
-    data_version: str
-    """`.dir` hash of the images that the models were made from."""
-
-
-class OutOfDistribution(BaseModel):
-    """How unlike the training images an image is."""
-
-    score: float
-    """Squared Mahalanobis distance of its features to the training images'."""
-    threshold: float
-    """95 % of the validation images stay under it."""
-    flagged: bool
-    """Whether the score lies above the threshold: then the probabilities mean little."""
-
-
-class Prediction(BaseModel):
-    """The answer for one image."""
-
-    label: str
-    probabilities: dict[str, float]
-    """Calibrated; they add up to 1."""
-    out_of_distribution: OutOfDistribution
-    overlay_png: Annotated[str | None, Field(description="Base64 PNG, where asked for")] = None
-    """Class activation map of the label over the image; null unless asked for."""
-    versions: Versions
-
-
-class ItemError(BaseModel):
-    """Why one image of several has no prediction."""
-
-    code: str
-    message: str
-
-
-class BatchItem(BaseModel):
-    """The answer for one image of several: a prediction or an error."""
-
-    index: int
-    prediction: Prediction | None = None
-    error: ItemError | None = None
-
-
-class BatchPredictions(BaseModel):
-    """The answer for several images, in their order."""
-
-    items: list[BatchItem]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Classification:
@@ -87,14 +37,15 @@ class Classification:
         Raises:
             ApiError: the image is refused, an overlay cannot be had, or too many images wait.
         """
-        if overlay and self._models.maps is None:
+        maps = self._models.maps if overlay else None
+        if overlay and maps is None:
             message = "this classifier has no pooled linear head, so there are no activation maps; leave overlay out"
             raise ApiError("malformed", message)
         pixels = await self._in_thread(self._decode, image)
         answer = self.batcher.submit(pixels)
         metrics.waiting.set(self.batcher.waiting)
         verdict = await answer
-        png = await self._in_thread(self._overlay, pixels, verdict) if overlay else None
+        png = await self._in_thread(self._overlay, maps, pixels, verdict) if maps else None
         return self._prediction(verdict, png)
 
     async def predict_batch(self, images: Sequence[bytes], overlay: bool) -> BatchPredictions:
@@ -115,23 +66,24 @@ class Classification:
             metrics.rejected.labels(error.code).inc()
             return BatchItem(index=index, error=ItemError(code=error.code, message=error.message))
 
-    async def _in_thread(self, work, *arguments):  # type: ignore[no-untyped-def]
+    async def _in_thread(self, work: Callable[P, T], *arguments: P.args, **_: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def _decode(self, image: bytes) -> Pixels:
         with metrics.timed("decode"):
             return decode_upload(image, self._models.resolution, self._settings)
 
-    def _overlay(self, pixels: Pixels, verdict: Verdict) -> bytes:
-        assert self._models.maps is not None
+    def _overlay(self, maps: ActivationMaps, pixels: Pixels, verdict: Verdict) -> bytes:
         with metrics.timed("encode"):
-            return self._models.maps.overlay(pixels, verdict.features, int(verdict.probabilities.argmax()))
+            return maps.overlay(pixels, verdict.features, int(verdict.probabilities.argmax()))
 
     def _prediction(self, verdict: Verdict, png: bytes | None) -> Prediction:
         labels, threshold = self._models.bundle.labels, self._models.outliers.threshold
         return Prediction(
             label=labels[int(verdict.probabilities.argmax())],
-            probabilities=dict(zip(labels, verdict.probabilities.tolist(), strict=True)),
+            probabilities={
+                label: round(share, 6) for label, share in zip(labels, verdict.probabilities.tolist(), strict=True)
+            },
             out_of_distribution=OutOfDistribution(
                 score=verdict.strangeness, threshold=threshold, flagged=verdict.strangeness > threshold
             ),

@@ -4,17 +4,17 @@ BentoML's own reading fetches URLs that stand where a file should, ignores unkno
 answers 500 to much that is malformed.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from email.message import Message
 from typing import Annotated, Any, Literal, Self, cast
 
+from bentoml import IODescriptor
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from bentoml import IODescriptor
 from serving.errors import ApiError
 
 PARSED = "raresynth.parsed"
@@ -88,8 +88,8 @@ async def parse(kind: type[Body], content_type: str, body: bytes) -> Body:
         raise ApiError("malformed", f"the body must be {expected}")
     try:
         if files:
-            return kind.model_validate(await _form(kind, content_type, body))
-        return kind.model_validate_json(body)
+            return cast(Body, kind.model_validate(await _form(kind, content_type, body)))
+        return cast(Body, kind.model_validate_json(body))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the body"
@@ -132,7 +132,7 @@ async def _form(kind: type[Body], content_type: str, body: bytes) -> dict[str, A
     return {**values, **dict.fromkeys([field] if uploads else [], uploads[0] if uploads else None)}
 
 
-async def _once(body: bytes) -> AsyncIterator[bytes]:
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
     yield body
 
 

@@ -3,23 +3,16 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from serving.generation import BatchResult
+from serving.answers import BatchPredictions, BatchResult, Prediction, TaskStatus
 from serving.keys import Scope
-from serving.predictions import BatchPredictions, Prediction
 from serving.requests import Body, Image, Images, LargeOrder, Order
 
-
-class TaskStatus(BaseModel):
-    """Where a task stands."""
-
-    task_id: str
-    status: Literal["in_progress", "completed", "failed"]
-    created_at: str | None = None
-    executed_at: str | None = None
+_ARCHIVE = "[0-9a-f]{32}[.]zip"
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,10 @@ class Route:
     """Body that the documentation shows; for forms the text fields."""
     answer_example: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
         """What its paths look like."""
-        return re.compile(re.sub(r"\{\w+\}", "[0-9a-f]{32}[.]zip", re.escape(self.path).replace(r"\{", "{").replace(r"\}", "}")))
+        return re.compile(_ARCHIVE.join(map(re.escape, self.path.split("{name}"))))
 
 
 _IMAGE_ERRORS = ("too_large", "too_many_pixels", "wrong_type", "animated", "undecodable", "trailing_data")

@@ -1,19 +1,18 @@
 """The BentoML service: its routes and nothing else."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import bentoml
 from bentoml.validators import ContentType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from serving.answers import BatchPredictions, BatchResult, Prediction
 from serving.approval import open_approved
 from serving.errors import answered
 from serving.front import Front
-from serving.generation import BatchResult
 from serving.pages import pages
-from serving.predictions import BatchPredictions, Prediction
 from serving.requests import Image, Images, LargeOrder, Order
 from serving.settings import read_settings
 
@@ -21,14 +20,17 @@ Zip = Annotated[Path, ContentType("application/zip")]
 READ_ONLY = pages()
 
 
-class Guarded(bentoml.Service):  # type: ignore[type-arg]
+class Guarded(bentoml.Service):
     """A service behind its `Front`."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """The app that BentoML's worker runs."""
         settings = read_settings()
         # The deadline is the front's; BentoML's comes later, in case.
-        self.config["traffic"] = {**self.config.get("traffic", {}), "timeout": settings.timeout_s + settings.body_timeout_s}
+        self.config["traffic"] = {
+            **self.config.get("traffic", {}),
+            "timeout": settings.timeout_s + settings.body_timeout_s,
+        }
         return Front(super().to_asgi(is_main), settings)
 
 

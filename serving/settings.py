@@ -108,7 +108,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         is_open = not settings.local
     except ValidationError as error:
         first = error.errors()[0]
-        raise ParamsError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}; see serving/settings.py") from error
+        raise ParamsError(
+            f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}; see serving/settings.py"
+        ) from error
     except ValueError as error:
         raise ParamsError(f"setting host: {error}; name an IP address, such as 127.0.0.1") from error
     if is_open and settings.keys_file is None:

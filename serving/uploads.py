@@ -1,8 +1,8 @@
 """What an uploaded file must be before anything decodes it; nothing here keeps, logs or fetches an image."""
 
 import re
-import struct
 import warnings
+import zlib
 from io import BytesIO
 
 from PIL import Image
@@ -13,6 +13,7 @@ from serving.errors import ApiError
 from serving.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
 MAX_SCANS = 100
 """Passes of a progressive JPEG; ordinary ones have about ten, and each costs a pass over all pixels."""
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
@@ -28,6 +29,8 @@ def check_upload(content: bytes, settings: Settings) -> None:
     """
     if len(content) > settings.max_image_mb * 1e6:
         raise ApiError("too_large", f"the image has more than {settings.max_image_mb:g} MB; send a smaller one")
+    if not _START.match(content):
+        raise ApiError("wrong_type", "the file is no JPEG, PNG or WebP image; send one of these")
     width, height, kind, frames = _header(content)
     if frames > 1 and kind != "MPO":  # a phone's JPEG may carry a preview as a second image
         raise ApiError("animated", f"the image has {frames} frames; send a single one")
@@ -49,7 +52,7 @@ def decode_upload(content: bytes, resolution: int, settings: Settings) -> Pixels
     try:
         return decode_image(content, resolution)
     except DataError as error:
-        raise ApiError("undecodable", "the image is truncated or damaged; save it anew") from error
+        raise _broken() from error
 
 
 def _header(content: bytes) -> tuple[int, int, str, int]:
@@ -61,24 +64,26 @@ def _header(content: bytes) -> tuple[int, int, str, int]:
     except Image.DecompressionBombError as error:
         raise ApiError("too_many_pixels", "the image has far too many pixels; send a smaller one") from error
     except Exception as error:  # a broken file can raise anything in PIL's parsers
-        raise ApiError("wrong_type", "the file is no JPEG, PNG or WebP image; send one of these") from error
+        raise _broken() from error
 
 
 def _png_end(content: bytes) -> int:
-    at = 8
-    while at + 12 <= len(content):
-        length, name = struct.unpack_from(">I4s", content, at)
-        at += 12 + length
-        if name == b"IEND" and at <= len(content):
-            return at
-    raise _cut_off()
+    at, name = 8, b""
+    while name != b"IEND":
+        length = int.from_bytes(content[at : at + 4], "big")
+        name, end = content[at + 4 : at + 8], at + 12 + length
+        # PIL decodes on over damaged pixels without a word.
+        if end > len(content) or zlib.crc32(content[at + 4 : end - 4]) != int.from_bytes(content[end - 4 : end], "big"):
+            raise _broken()
+        at = end
+    return at
 
 
 def _webp_end(content: bytes) -> int:
     length = int.from_bytes(content[4:8], "little")
     end = 8 + length + length % 2
     if end > len(content):
-        raise _cut_off()
+        raise _broken()
     return end
 
 
@@ -94,8 +99,8 @@ def _jpeg_end(content: bytes) -> int:
         scans += marker == _SCAN
         if scans > MAX_SCANS:
             raise ApiError("undecodable", f"the image has more than {MAX_SCANS} scans; save it anew")
-    raise _cut_off()
+    raise _broken()
 
 
-def _cut_off() -> ApiError:
+def _broken() -> ApiError:
     return ApiError("undecodable", "the image is truncated or damaged; save it anew")

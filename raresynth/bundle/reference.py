@@ -33,7 +33,7 @@ def pooled(features: npt.NDArray[np.float32]) -> Floats:
 def strangeness(features: Floats, mean: Floats, precision: Floats) -> Floats:
     """Squared Mahalanobis distance of feature vectors (n, d) to the train images' mean (Lee et al., 2018)."""
     centred = features - mean
-    return np.asarray(np.einsum("nd,de,ne->n", centred, precision, centred))
+    return np.asarray((centred @ precision * centred).sum(axis=1))
 
 
 def build_reference(predictor: Predictor, train: Pixels, train_labels: list[str], val: Pixels) -> dict[str, Any]:
