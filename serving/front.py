@@ -107,6 +107,7 @@ class Front:
         reserved = self._reserve(route, exchange.headers)
         try:
             body = await self._read(receive, reserved)
+            exchange.body_is_read = True
             scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
             await self._counted(exchange, scope, _replay(body, receive))
         finally:
@@ -177,6 +178,7 @@ class Exchange:
     Attributes:
         client: name of the key that asks.
         status: of the answer, 0 before there is one.
+        body_is_read: whether all that the client sends was taken.
         deadline: lifted once the answer is sent: a task works on after that.
     """
 
@@ -187,6 +189,7 @@ class Exchange:
         asked = headers.get("x-request-id", "")
         self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         self.client, self.status = "-", 0
+        self.body_is_read = not ({"content-length", "transfer-encoding"} & set(headers))
         self._began = time.perf_counter()
         self._failing: list[bytes] | None = None
         self._start: Message = {}
@@ -228,6 +231,8 @@ class Exchange:
             return
         metrics.rejected.labels(error.code).inc()
         response = error.response(self.request_id)
+        if not self.body_is_read:
+            response.headers["Connection"] = "close"  # rather than take the rest of a body that nobody wants
         start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         await self._begin(start)
         await self._send({"type": "http.response.body", "body": response.body})

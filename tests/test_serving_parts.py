@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -135,8 +134,8 @@ def test_only_approved_bundles_are_opened(accepted_bundle: Path, tmp_path: Path)
         open_approved(accepted_bundle, "0" * 64)
     changed = tmp_path / "bundle"
     changed.mkdir()
-    for name in os.listdir(accepted_bundle):
-        (changed / name).symlink_to(accepted_bundle / name)
+    for path in accepted_bundle.iterdir():
+        (changed / path.name).symlink_to(path)
     for name in ("bundle.json", "bundle.sha256"):
         (changed / name).unlink()
     rejected = {**bundle.decisions["classes"]["vascular"], "decision": "rejected"}
@@ -465,6 +464,52 @@ def test_what_a_task_does_after_its_answer_has_no_deadline_and_takes_no_place() 
         return statuses.count(200), gone_on.is_set()
 
     assert asyncio.run(scenario()) == (2, True)
+
+
+def test_under_overload_the_answer_is_a_503_that_says_when_to_come_back() -> None:
+    async def scenario() -> list[httpx.Response]:
+        release = asyncio.Event()
+
+        async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+            await release.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        transport = httpx.ASGITransport(Front(busy, Settings(max_requests=3)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            asking = [asyncio.create_task(client.post("/generate", **ORDER)) for _ in range(5)]
+            done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0.05)
+            release.set()
+            return [await task for task in asking]
+
+    responses = asyncio.run(scenario())
+    assert sorted(response.status_code for response in responses) == [200] * 3 + [503] * 2
+    for response in responses:
+        if response.status_code == 503:
+            assert error_of(response) == "overloaded" and int(response.headers["retry-after"]) >= 1
+
+
+def test_bodies_together_may_not_fill_the_memory() -> None:
+    async def scenario() -> list[int]:
+        front = Front(JSONResponse({}), Settings(max_buffered_mb=1, max_body_mb=1, body_timeout_s=0.2))
+        headers = [(b"content-type", b"multipart/form-data; boundary=x"), (b"content-length", b"600000")]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "server": ("127.0.0.1", 1)}
+        statuses: list[int] = []
+
+        async def never() -> dict[str, object]:
+            await asyncio.sleep(30)
+            raise AssertionError
+
+        async def send(message: dict[str, object]) -> None:
+            if "status" in message:
+                statuses.append(int(str(message["status"])))
+
+        await asyncio.gather(*(front(dict(scope), never, send) for _ in range(2)))  # type: ignore[arg-type]
+        await front(dict(scope), never, send)  # type: ignore[arg-type]
+        return statuses
+
+    # The first body never comes, and the second would not fit beside it; once it is given up, there is room again.
+    assert asyncio.run(scenario()) == [503, 408, 408]
 
 
 # What is documented
