@@ -61,9 +61,11 @@ class Front:
         self._running, self._buffered = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
             return
         route, known = find_route(scope["method"], scope["path"])
         exchange = Exchange(route, send, Headers(scope=scope))
@@ -221,8 +223,7 @@ class Exchange:
             if last:
                 await self.refuse(_in_our_format(self._start, b"".join(self._failing)))
         if last:
-            if self.deadline and not self.deadline.expired():
-                self.deadline.reschedule(None)
+            self._lift_deadline()
             self.end()
 
     async def refuse(self, error: ApiError) -> None:
@@ -244,6 +245,12 @@ class Exchange:
         headers.update(SECURITY)
         del headers["server"]
         await self._send({**start, "headers": headers.raw})
+        if self.route and self.route.body is None:
+            self._lift_deadline()  # a large archive may take a slow client long
+
+    def _lift_deadline(self) -> None:
+        if self.deadline and not self.deadline.expired():
+            self.deadline.reschedule(None)
 
     def _tell(self) -> None:
         """Count and log the exchange: never its body, nor its query or file names."""

@@ -25,9 +25,10 @@ RETRY_S = 60.0
 class Generation:
     """Draws images with the bundle's generators."""
 
-    def __init__(self, models: Models, settings: Settings, threads: ThreadPoolExecutor, results_dir: Path) -> None:
-        self._models, self._settings, self._threads, self._results_dir = models, settings, threads, results_dir
-        # Large batches share one thread of their own, so that they never take the last one from short requests.
+    def __init__(self, models: Models, settings: Settings, results_dir: Path) -> None:
+        self._models, self._settings, self._results_dir = models, settings, results_dir
+        # Threads of their own: predictions never queue behind an archive, nor small archives behind a large one.
+        self._threads = ThreadPoolExecutor(settings.threads, "generate")
         self._task_thread = ThreadPoolExecutor(1, "generate_batch")
         self._tasks: set[threading.Event] = set()
         lineage = models.bundle.lineage

@@ -23,10 +23,11 @@ T = TypeVar("T")
 class Classification:
     """Answers for uploaded images."""
 
-    def __init__(self, models: Models, settings: Settings, threads: ThreadPoolExecutor) -> None:
-        self._models, self._settings, self._threads = models, settings, threads
+    def __init__(self, models: Models, settings: Settings) -> None:
+        self._models, self._settings = models, settings
+        self._threads = ThreadPoolExecutor(settings.threads, "predict")
         self.batcher: Batcher[Pixels, Verdict] = Batcher(
-            models.predict, threads, settings.max_batch, settings.max_waiting, settings.threads
+            models.predict, self._threads, settings.max_batch, settings.max_waiting, settings.threads
         )
         bundle = models.bundle
         self._versions = Versions(bundle=models.version, data_version=bundle.lineage.data_md5)

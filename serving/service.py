@@ -45,8 +45,6 @@ class Raresynth:
     """Approved generators and the approved classifier of one bundle."""
 
     def __init__(self) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         from serving.card import model_card
         from serving.generation import Generation
         from serving.models import Models
@@ -54,11 +52,10 @@ class Raresynth:
 
         settings = read_settings()
         models = Models(settings)
-        threads = ThreadPoolExecutor(settings.threads, "inference")
         READ_ONLY.state.card = model_card(models, settings.bundle)
         READ_ONLY.state.results_dir = settings.results_dir()
-        self._classification = Classification(models, settings, threads)
-        self._generation = Generation(models, settings, threads, READ_ONLY.state.results_dir)
+        self._classification = Classification(models, settings)
+        self._generation = Generation(models, settings, READ_ONLY.state.results_dir)
 
     @bentoml.on_deployment
     @staticmethod

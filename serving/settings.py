@@ -15,7 +15,7 @@ from raresynth.errors import ParamsError
 FILE = "RARESYNTH_SERVING"
 """Environment variable that names the YAML file."""
 PREFIX = "RARESYNTH_SERVING_"
-"""RARESYNTH_SERVING_PORT=3001 sets `port`, and so on for every setting; lists and numbers are read as YAML."""
+"""RARESYNTH_SERVING_PORT=3001 sets `port`, and so on for every setting; an empty one counts as not set."""
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -101,8 +101,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         if not isinstance(values, dict):
             raise ParamsError(f"{name} holds no settings; write one a line, such as `port: 3000`")
     for variable, text in environment.items():
-        if variable.startswith(PREFIX):
-            values[variable.removeprefix(PREFIX).lower()] = _value(variable, text)
+        if variable.startswith(PREFIX) and text:
+            values[variable.removeprefix(PREFIX).lower()] = text
     try:
         settings = Settings.model_validate(values)
         is_open = not settings.local
@@ -119,16 +119,3 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
             "name them with keys_file, or listen on 127.0.0.1"
         )
     return settings
-
-
-def _value(variable: str, text: str) -> Any:
-    # Hashes and paths are text, also where YAML would read a number.
-    if Settings.model_fields.get(variable.removeprefix(PREFIX).lower(), Settings.model_fields["port"]).annotation in (
-        str,
-        Path,
-    ):
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{variable}={text!r} is no value; write it as in YAML") from error

@@ -477,7 +477,7 @@ def test_under_overload_the_answer_is_a_503_that_says_when_to_come_back() -> Non
         transport = httpx.ASGITransport(Front(busy, Settings(max_requests=3)))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             asking = [asyncio.create_task(client.post("/generate", **ORDER)) for _ in range(5)]
-            done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(0.05)
             release.set()
             return [await task for task in asking]
