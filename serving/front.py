@@ -111,7 +111,7 @@ class Front:
             body = await self._read(receive, reserved)
             exchange.body_is_read = True
             scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
-            await self._counted(exchange, scope, _replay(body, receive))
+            await self._counted(exchange, scope, body, receive)
         finally:
             self._buffered -= reserved
 
@@ -146,7 +146,7 @@ class Front:
             raise ApiError("slow_body", f"the body took longer than {self._settings.body_timeout_s:g} s") from None
         return b"".join(chunks)
 
-    async def _counted(self, exchange: "Exchange", scope: Scope, receive: Receive) -> None:
+    async def _counted(self, exchange: "Exchange", scope: Scope, body: bytes, receive: Receive) -> None:
         if self._running >= self._settings.max_requests:
             raise ApiError("overloaded", "too many requests are under way; try again", _RETRY_S)
         self._running += 1
@@ -157,7 +157,16 @@ class Front:
             metrics.in_flight.set(self._running)
 
         exchange.on_end(finished)
-        await self._run(exchange, scope, receive)
+        answering = asyncio.create_task(self._run(exchange, scope, _replay(body, receive)))
+        watching = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done() and not exchange.ended:
+                raise Gone
+            await answering  # a task may go on after its answer
+        finally:
+            watching.cancel()
+            answering.cancel()
 
     async def _run(self, exchange: "Exchange", scope: Scope, receive: Receive) -> None:
         """Let BentoML answer within the deadline; what a task does after its answer has no deadline."""
@@ -181,10 +190,12 @@ class Exchange:
         client: name of the key that asks.
         status: of the answer, 0 before there is one.
         body_is_read: whether all that the client sends was taken.
+        ended: whether the answer was sent or given up.
         deadline: lifted once the answer is sent: a task works on after that.
     """
 
     deadline: asyncio.Timeout | None = None
+    ended = False
 
     def __init__(self, route: Route | None, send: Send, headers: Headers) -> None:
         self.route, self._send, self.headers = route, send, headers
@@ -203,6 +214,7 @@ class Exchange:
 
     def end(self) -> None:
         """Do what waits for the end, the first time."""
+        self.ended = True
         while self._at_end:
             self._at_end.pop()()
 
@@ -287,6 +299,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return once the client is gone, or has its answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _in_our_format(start: Message, body: bytes) -> ApiError:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -211,6 +212,24 @@ def test_bentos_own_client_speaks_to_it(served: Served, tmp_path: Path) -> None:
         assert submitted.json()["status"] == "in_progress"
 
 
+def test_the_examples_of_the_documentation_run(served: Served, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    examples = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+    assert [kind for kind, _ in examples] == ["bash", "python"]
+    (tmp_path / "lesion.jpg").write_bytes(encoded())
+    (tmp_path / "README.md").write_text("no image")
+    variables = environment() | {"URL": served.url, "KEY": "key-of-all"}
+    for kind, example in examples:
+        command = ["bash", "-euo", "pipefail", "-c"] if kind == "bash" else [sys.executable, "-c"]
+        done = subprocess.run(
+            [*command, example], env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    for name, n in (("synthetic.zip", 16), ("from-python.zip", 4)):
+        with zipfile.ZipFile(tmp_path / name) as archive:
+            assert len(archive.namelist()) == n + 1
+
+
 # What is told
 
 
@@ -387,12 +406,17 @@ def test_a_slow_client_is_let_go_and_one_that_goes_away_does_no_harm(served: Ser
     head = "POST /predict HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000"
     gone = raw_request(served, head, b"--x\r\n")
     gone.close()
+    order = json.dumps({"label": LABEL, "n": 256}).encode()
+    head_of_order = f"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(order)}"
+    raw_request(served, head_of_order, order).close()
     slow = [raw_request(served, head, b"--x\r\n") for _ in range(5)]
     assert client.post("/predict", files={"image": ("a.jpg", encoded())}).status_code == 200
     for connection in slow:
         assert b" 408 " in connection.recv(65_536).splitlines()[0]
         connection.close()
     assert metric(client, "raresynth_requests_in_flight") == 0
+    assert metric(client, "raresynth_requests_total", path="/predict", status="499") == 1
+    assert metric(client, "raresynth_requests_total", path="/generate", status="499") == 1
 
 
 def test_nothing_of_an_image_is_logged_or_kept(served: Served, client: httpx.Client) -> None:

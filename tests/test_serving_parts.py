@@ -35,10 +35,12 @@ from serving.batching import Batcher
 from serving.drift import ENOUGH, Drift, stability_index
 from serving.errors import CODES, ApiError
 from serving.front import Front
+from serving.generation import Generation
 from serving.keys import Keys, main
+from serving.models import Models
 from serving.openapi import openapi
 from serving.rate import RateLimit
-from serving.requests import MAX_IMAGES, Images, parse
+from serving.requests import MAX_IMAGES, Images, LargeOrder, parse
 from serving.requests import Image as OneImage
 from serving.routes import ROUTES, find_route
 from serving.settings import Settings, read_settings
@@ -230,6 +232,20 @@ def test_an_archive_that_nobody_waits_for_is_dropped(accepted_bundle: Path) -> N
         write_archive(io.BytesIO(), Sampler(accepted_bundle, "vascular"), order, {}, dropped)
 
 
+def test_an_archive_that_cannot_be_written_is_told_and_leaves_nothing(accepted_bundle: Path, tmp_path: Path) -> None:
+    models = Models(Settings(bundle=accepted_bundle))
+
+    async def ask(folder: Path) -> object:
+        return await Generation(models, Settings(kept_results=2), folder).batch(LargeOrder(label="vascular", n=3))
+
+    with pytest.raises(ApiError, match="no_space"):
+        asyncio.run(ask(tmp_path / "no such folder"))
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(3):
+        asyncio.run(ask(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2, "the oldest is deleted"
+
+
 # How it is watched
 
 
@@ -395,6 +411,33 @@ def test_an_answer_that_takes_too_long_is_dropped() -> None:
     assert error_of(response) == "timeout" and ended == ["dropped"]
 
 
+def test_the_work_for_a_client_that_goes_away_is_dropped() -> None:
+    ended: list[str] = []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append("dropped")
+
+    async def scenario() -> None:
+        messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"label": "a"}'}]
+
+        async def receive() -> dict[str, object]:
+            return messages.pop()  # type: ignore[return-value]
+
+        async def send(message: dict[str, object]) -> None:
+            ended.append("answered")
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "server": ("127.0.0.1", 1)}
+        await Front(slow, Settings())(scope, receive, send)  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert ended == ["dropped"]
+
+
 def test_errors_of_any_kind_come_in_one_format() -> None:
     async def crashing(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("secret")
@@ -451,15 +494,22 @@ def test_what_a_task_does_after_its_answer_has_no_deadline_and_takes_no_place() 
         scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "server": ("127.0.0.1", 1)}
         statuses = []
 
-        async def receive() -> dict[str, object]:
-            return {"type": "http.request", "body": b'{"label": "a"}', "more_body": False}
+        def client() -> Receive:
+            messages: list[dict[str, object]] = [{"type": "http.request", "body": b'{"label": "a"}'}]
+
+            async def receive() -> dict[str, object]:
+                if not messages:
+                    await asyncio.sleep(30)
+                return messages.pop()
+
+            return receive
 
         async def send(message: dict[str, object]) -> None:
             statuses.append(message.get("status"))
 
-        running = asyncio.create_task(front(scope, receive, send))  # type: ignore[arg-type]
+        running = asyncio.create_task(front(scope, client(), send))  # type: ignore[arg-type]
         await asyncio.sleep(0.02)
-        await front(scope, receive, send)  # type: ignore[arg-type]
+        await front(scope, client(), send)  # type: ignore[arg-type]
         await running
         return statuses.count(200), gone_on.is_set()
 
