@@ -9,8 +9,9 @@ import numpy.typing as npt
 from raresynth.bundle.reference import BINS, input_statistics
 from raresynth.dataset.images import Pixels
 
-ENOUGH = 100
-"""Images below which nothing is said: the index of so few would be noise."""
+ENOUGH = 300
+"""Images below which nothing is said: the index of so few would be noise. Of HAM10000's test images, 100 reach 0.37,
+300 at most 0.12 and 500 at most 0.07 (99 % quantiles); 300 smartphone photographs reach 1.5, chest X-rays 6."""
 Counts = npt.NDArray[np.float64]
 
 

@@ -71,7 +71,7 @@ class Settings(BaseModel):
     """Rate that each key may keep up."""
     burst: Count = 100
     """Requests that a key may send at once after a pause."""
-    drift_window: Annotated[int, Field(ge=100)] = 500
+    drift_window: Annotated[int, Field(ge=300)] = 500
     """Newest predictions that are held against the training data."""
 
     @property
