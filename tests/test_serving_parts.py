@@ -363,6 +363,31 @@ def test_what_waits_goes_together() -> None:
     )
 
 
+def test_a_second_run_starts_beside_one_under_way_for_half_a_batch() -> None:
+    began: list[list[int]] = []
+    go_on = threading.Event()
+
+    def run(items: Sequence[int]) -> list[int]:
+        began.append(list(items))
+        go_on.wait(5)
+        return list(items)
+
+    async def scenario(batcher: Batcher[int, int]) -> list[list[int]]:
+        asked = [asyncio.create_task(batcher.submit(0))]
+        await asyncio.sleep(0.05)
+        for item in (1, 2):
+            assert began == [[0]]
+            asked.append(asyncio.create_task(batcher.submit(item)))
+            await asyncio.sleep(0.05)
+        seen = list(began)
+        go_on.set()
+        await asyncio.gather(*asked)
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        assert asyncio.run(scenario(Batcher(run, threads, max_batch=4, max_waiting=9, parallel=2))) == [[0], [1, 2]]
+
+
 def test_too_many_are_refused_and_a_failed_batch_fails_alone() -> None:
     def run(items: Sequence[int]) -> list[int]:
         if 0 in items:
