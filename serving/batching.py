@@ -31,6 +31,7 @@ class Batcher(Generic[Item, Answer]):
         max_batch: int,
         max_waiting: int,
         parallel: int,
+        tell_waiting: Callable[[int], None],
     ) -> None:
         """Start empty.
 
@@ -38,15 +39,12 @@ class Batcher(Generic[Item, Answer]):
             run: called in a thread of `executor` with 1 to `max_batch` items; an answer for each.
             max_waiting: items that may wait; beyond it they are refused.
             parallel: batches that may run at once.
+            tell_waiting: called with how many items wait, whenever that may have changed.
         """
         self._run, self._executor, self._max_batch = run, executor, max_batch
         self._max_waiting, self._parallel, self._running = max_waiting, parallel, 0
+        self._tell_waiting = tell_waiting
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
-
-    @property
-    def waiting(self) -> int:
-        """Items that no run has taken yet."""
-        return len(self._waiting)
 
     async def submit(self, item: Item) -> Answer:
         """The item's answer.
@@ -67,6 +65,7 @@ class Batcher(Generic[Item, Answer]):
             items, futures = zip(*batch, strict=True)
             done = asyncio.get_running_loop().run_in_executor(self._executor, self._run, items)
             done.add_done_callback(partial(self._finish, futures))
+        self._tell_waiting(len(self._waiting))
 
     def _may_start(self) -> bool:
         return self._running == 0 or (self._running < self._parallel and 2 * len(self._waiting) >= self._max_batch)

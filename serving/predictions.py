@@ -26,8 +26,13 @@ class Classification:
     def __init__(self, models: Models, settings: Settings) -> None:
         self._models, self._settings = models, settings
         self._threads = ThreadPoolExecutor(settings.threads, "predict")
-        self.batcher: Batcher[Pixels, Verdict] = Batcher(
-            models.predict, self._threads, settings.max_batch, settings.max_waiting, settings.threads
+        self._batcher: Batcher[Pixels, Verdict] = Batcher(
+            models.predict,
+            self._threads,
+            settings.max_batch,
+            settings.max_waiting,
+            settings.threads,
+            metrics.waiting.set,
         )
         bundle = models.bundle
         self._versions = Versions(bundle=models.version, data_version=bundle.lineage.data_md5)
@@ -43,9 +48,7 @@ class Classification:
             message = "this classifier has no pooled linear head, so there are no activation maps; leave overlay out"
             raise ApiError("malformed", message)
         pixels = await self._in_thread(self._decode, image)
-        answer = self.batcher.submit(pixels)
-        metrics.waiting.set(self.batcher.waiting)
-        verdict = await answer
+        verdict = await self._batcher.submit(pixels)
         png = await self._in_thread(self._overlay, maps, pixels, verdict) if maps else None
         return self._prediction(verdict, png)
 

@@ -334,6 +334,7 @@ def gather(batcher: Batcher[int, int], items: Sequence[int]) -> list[int | BaseE
 
 
 def test_what_waits_goes_together() -> None:
+    told: list[int] = []
     seen: list[list[int]] = []
     entered = threading.Event()
 
@@ -348,14 +349,16 @@ def test_what_waits_goes_together() -> None:
         await asyncio.sleep(0.05)
         others = [asyncio.create_task(batcher.submit(item)) for item in range(1, 8)]
         await asyncio.sleep(0.05)
-        assert batcher.waiting == 7
+        assert told[-1] == 7
         others[2].cancel()  # its client went away
         entered.set()
         return [await first, *(await asyncio.gather(*others, return_exceptions=True))]
 
     with ThreadPoolExecutor(1) as threads:
-        answers = asyncio.run(scenario(Batcher(run, threads, max_batch=4, max_waiting=10, parallel=1)))
-    assert seen == [[0], [1, 2, 4, 5], [6, 7]]
+        answers = asyncio.run(
+            scenario(Batcher(run, threads, max_batch=4, max_waiting=10, parallel=1, tell_waiting=told.append))
+        )
+    assert seen == [[0], [1, 2, 4, 5], [6, 7]] and told[-1] == 0
     assert (
         answers[:3] == [0, -1, -2]
         and isinstance(answers[3], asyncio.CancelledError)
@@ -364,6 +367,7 @@ def test_what_waits_goes_together() -> None:
 
 
 def test_a_second_run_starts_beside_one_under_way_for_half_a_batch() -> None:
+    told: list[int] = []
     began: list[list[int]] = []
     go_on = threading.Event()
 
@@ -385,17 +389,23 @@ def test_a_second_run_starts_beside_one_under_way_for_half_a_batch() -> None:
         return seen
 
     with ThreadPoolExecutor(2) as threads:
-        assert asyncio.run(scenario(Batcher(run, threads, max_batch=4, max_waiting=9, parallel=2))) == [[0], [1, 2]]
+        assert asyncio.run(
+            scenario(Batcher(run, threads, max_batch=4, max_waiting=9, parallel=2, tell_waiting=told.append))
+        ) == [[0], [1, 2]]
 
 
 def test_too_many_are_refused_and_a_failed_batch_fails_alone() -> None:
+    told: list[int] = []
+
     def run(items: Sequence[int]) -> list[int]:
         if 0 in items:
             raise RuntimeError("broken")
         return list(items)
 
     with ThreadPoolExecutor(1) as threads:
-        answers = gather(Batcher(run, threads, max_batch=2, max_waiting=4, parallel=1), range(7))
+        answers = gather(
+            Batcher(run, threads, max_batch=2, max_waiting=4, parallel=1, tell_waiting=told.append), range(7)
+        )
     assert isinstance(answers[0], RuntimeError)
     assert answers[1:5] == [1, 2, 3, 4]
     assert [error.code for error in answers[5:] if isinstance(error, ApiError)] == ["overloaded"] * 2
