@@ -6,36 +6,26 @@ series of unknown paths.
 
 import asyncio
 import ipaddress
-import json
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable
+from contextlib import suppress
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import metrics
-from serving.errors import CODES, ApiError
+from serving.errors import ApiError
+from serving.exchange import RETRY_S, Exchange, log
 from serving.keys import Keys
 from serving.rate import RateLimit
 from serving.requests import PARSED, parse
 from serving.routes import Route, find_route
 from serving.settings import Settings
 
-SECURITY = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_RETRY_S = 1.0
 _LARGEST_JSON = 16_384
-log = logging.getLogger("raresynth.serving")
+_DISCARD_BYTES, _DISCARD_S = 1_000_000, 1.0
 
 
 class Gone(Exception):
@@ -75,19 +65,21 @@ class Front:
             self._admit(route, exchange, scope)
             await self._answer(route, exchange, scope, receive)
         except ApiError as error:
+            if not exchange.body_is_read and error.code != "slow_body":
+                exchange.body_is_read = await _discarded(receive)
             await exchange.refuse(error)
         except Gone:
             exchange.status = 499
         finally:
             exchange.end()
 
-    def _admit(self, route: Route, exchange: "Exchange", scope: Scope) -> None:
+    def _admit(self, route: Route, exchange: Exchange, scope: Scope) -> None:
         """Check the key, its scope and its rate."""
         if route.access == "public":
             return
         if self._keys is None:
             exchange.client = "local"
-            _check_loopback(scope)
+            _check_loopback(scope, exchange.headers)
         else:
             kind, _, presented = exchange.headers.get("authorization", "").partition(" ")
             found = self._keys.find(presented.strip()) if kind.lower() == "bearer" else None
@@ -99,13 +91,13 @@ class Front:
         if wait := self._rate.take(exchange.client):
             raise ApiError("rate", "this key's rate is used up; wait", wait)
 
-    async def _answer(self, route: Route, exchange: "Exchange", scope: Scope, receive: Receive) -> None:
+    async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"authorization"]}
         if route.body is None:
             await self._run(exchange, scope, receive)
             return
         if self._running >= self._settings.max_requests:
-            raise ApiError("overloaded", "too many requests are under way; try again", _RETRY_S)
+            raise ApiError("overloaded", "too many requests are under way; try again", RETRY_S)
         reserved = self._reserve(route, exchange.headers)
         try:
             body = await self._read(receive, reserved)
@@ -124,7 +116,7 @@ class Front:
         if size > most:
             raise ApiError("too_large", f"the body may have {most} bytes at most")
         if self._buffered + size > self._settings.max_buffered_mb * 1e6:
-            raise ApiError("overloaded", "too much is being uploaded; try again", _RETRY_S)
+            raise ApiError("overloaded", "too much is being uploaded; try again", RETRY_S)
         self._buffered += size
         return size
 
@@ -146,9 +138,9 @@ class Front:
             raise ApiError("slow_body", f"the body took longer than {self._settings.body_timeout_s:g} s") from None
         return b"".join(chunks)
 
-    async def _counted(self, exchange: "Exchange", scope: Scope, body: bytes, receive: Receive) -> None:
+    async def _counted(self, exchange: Exchange, scope: Scope, body: bytes, receive: Receive) -> None:
         if self._running >= self._settings.max_requests:
-            raise ApiError("overloaded", "too many requests are under way; try again", _RETRY_S)
+            raise ApiError("overloaded", "too many requests are under way; try again", RETRY_S)
         self._running += 1
         metrics.in_flight.set(self._running)
 
@@ -168,7 +160,7 @@ class Front:
             watching.cancel()
             answering.cancel()
 
-    async def _run(self, exchange: "Exchange", scope: Scope, receive: Receive) -> None:
+    async def _run(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
         """Let BentoML answer within the deadline; what a task does after its answer has no deadline."""
         try:
             async with asyncio.timeout(self._settings.timeout_s) as deadline:
@@ -183,112 +175,28 @@ class Front:
             raise ApiError("internal", "the service failed; tell its admin the request_id") from error
 
 
-class Exchange:
-    """One request and its answer.
-
-    Attributes:
-        client: name of the key that asks.
-        status: of the answer, 0 before there is one.
-        body_is_read: whether all that the client sends was taken.
-        ended: whether the answer was sent or given up.
-        deadline: lifted once the answer is sent: a task works on after that.
-    """
-
-    deadline: asyncio.Timeout | None = None
-    ended = False
-
-    def __init__(self, route: Route | None, send: Send, headers: Headers) -> None:
-        self.route, self._send, self.headers = route, send, headers
-        asked = headers.get("x-request-id", "")
-        self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        self.client, self.status = "-", 0
-        self.body_is_read = not ({"content-length", "transfer-encoding"} & set(headers))
-        self._began = time.perf_counter()
-        self._failing: list[bytes] | None = None
-        self._start: Message = {}
-        self._at_end = [self._tell]
-
-    def on_end(self, what: Callable[[], None]) -> None:
-        """Have something done as soon as the answer is sent or given up."""
-        self._at_end.append(what)
-
-    def end(self) -> None:
-        """Do what waits for the end, the first time."""
-        self.ended = True
-        while self._at_end:
-            self._at_end.pop()()
-
-    async def send(self, message: Message) -> None:
-        """Pass BentoML's answer on; one that tells an error is held back until it can be put into our format."""
-        if message["type"] == "http.response.start":
-            self._start = message
-            if message["status"] >= 400:
-                self._failing = []
-            else:
-                await self._begin(message)
-            return
-        last = not message.get("more_body", False)
-        if self._failing is None:
-            await self._send(message)
-        else:
-            self._failing.append(message.get("body", b""))
-            if last:
-                await self.refuse(_in_our_format(self._start, b"".join(self._failing)))
-        if last:
-            self._lift_deadline()
-            self.end()
-
-    async def refuse(self, error: ApiError) -> None:
-        """Answer with an error, unless an answer is under way already."""
-        if self.status:
-            return
-        metrics.rejected.labels(error.code).inc()
-        response = error.response(self.request_id)
-        if not self.body_is_read:
-            response.headers["Connection"] = "close"  # rather than take the rest of a body that nobody wants
-        start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-        await self._begin(start)
-        await self._send({"type": "http.response.body", "body": response.body})
-
-    async def _begin(self, start: Message) -> None:
-        self.status = start["status"]
-        headers = MutableHeaders(raw=list(start["headers"]))
-        headers["X-Request-ID"] = self.request_id
-        headers.update(SECURITY)
-        del headers["server"]
-        await self._send({**start, "headers": headers.raw})
-        if self.route and self.route.body is None:
-            self._lift_deadline()  # a large archive may take a slow client long
-
-    def _lift_deadline(self) -> None:
-        if self.deadline and not self.deadline.expired():
-            self.deadline.reschedule(None)
-
-    def _tell(self) -> None:
-        """Count and log the exchange: never its body, nor its query or file names."""
-        path = self.route.path if self.route else "other"
-        seconds = time.perf_counter() - self._began
-        metrics.requests.labels(path, str(self.status)).inc()
-        metrics.request_seconds.labels(path).observe(seconds)
-        if self.route is None or self.route.path not in ("/livez", "/readyz", "/metrics"):
-            log.info("%s %s %s %d %.1f ms", self.request_id, self.client, path, self.status, seconds * 1000)
-
-
 def _no_route(scope: Scope, known: bool) -> ApiError:
     if known:
         return ApiError("method", f"this path does not take {scope['method'][:10]}; see /docs.json")
     return ApiError("not_found", "there is no such path; see /docs.json")
 
 
-def _check_loopback(scope: Scope) -> None:
-    """Without keys, only connections to a loopback address are served, whatever address the server was started on."""
-    host = (scope.get("server") or ("",))[0]
+def _check_loopback(scope: Scope, headers: Headers) -> None:
+    """Without keys, only connections to a loopback address are served, whatever address the server was started on.
+
+    The name that the client used must be one of loopback too: a web page could else have its own name resolve here.
+    """
+    reached = str((scope.get("server") or ("",))[0])
+    if not _is_loopback(reached) or not _is_loopback(headers.get("host", "")):
+        raise ApiError("no_key", "the service has no API keys, so it answers on 127.0.0.1 and localhost alone")
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        local = ipaddress.ip_address(host).is_loopback
+        name = urlsplit(f"//{host}").hostname or host
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
-        local = False
-    if not local:
-        raise ApiError("no_key", "the service has no API keys, so it answers on loopback alone")
+        return False
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -301,27 +209,22 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
+async def _discarded(receive: Receive) -> bool:
+    """Take the rest of a body that is not wanted, if it is small and quick: a client that still sends when the
+    connection is closed may miss the answer. Returns whether all was taken.
+    """
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while size < _DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    return False
+
+
 async def _disconnected(receive: Receive) -> None:
     """Return once the client is gone, or has its answer."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _in_our_format(start: Message, body: bytes) -> ApiError:
-    """An error of a route as it raised it; one of BentoML's by its status."""
-    retry = Headers(raw=start["headers"]).get("retry-after")
-    try:
-        detail = json.loads(body)["error"]
-        return ApiError(detail["code"], detail["message"], float(retry) if retry else None)
-    except (ValueError, KeyError, TypeError):
-        status = start["status"]
-        by_status = {
-            400: "malformed",
-            404: "not_found",
-            405: "method",
-            413: "too_large",
-            503: "overloaded",
-            504: "timeout",
-        }
-        code = by_status.get(status, "internal" if status >= 500 else "malformed")
-        return ApiError(code, CODES[code][1], _RETRY_S if code == "overloaded" else None)
