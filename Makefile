@@ -4,7 +4,7 @@ BIN := .venv/bin
 export DVC_NO_ANALYTICS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test slow check compile submit images test-containers lock
+.PHONY: demo test slow check serve compile submit images test-containers lock
 
 demo: .venv/ready
 	@dvc remote modify --local sample url sample-remote && dvc pull --quiet && dvc repro && raresynth report --out runs/demo
@@ -17,6 +17,12 @@ slow: .venv/ready
 
 check: .venv/ready
 	@ruff check --no-cache . && ruff format --check . && mypy && lint-imports
+
+# The service over an approved bundle, for this machine alone, until Ctrl-C.
+serve: .venv/ready
+	@RARESYNTH_SERVING_BUNDLE=$(BUNDLE) RARESYNTH_SERVING_PORT=$(PORT) exec python -P -m serving
+PORT := 3000
+BUNDLE := runs/demo/bundle
 
 # The packages for Kubeflow Pipelines, below pipelines/compiled.
 compile: .venv/ready

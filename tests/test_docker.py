@@ -108,8 +108,14 @@ def test_an_image_tells_its_user_version_and_revision(image: str) -> None:
 @pytest.mark.container
 @both
 def test_the_commands_help_is_shown(image: str) -> None:
-    assert "build-manifest" in run(image)  # what an image does if told nothing
     assert "build-manifest" in run(image, "raresynth", "--help")
+
+
+@pytest.mark.container
+def test_told_nothing_train_shows_its_help_and_serve_asks_for_keys() -> None:
+    assert "build-manifest" in run(TRAIN)
+    done = subprocess.run(["docker", "run", "--rm", "--network", "none", SERVE], capture_output=True, check=False)
+    assert done.returncode == 2 and b"API keys are needed" in done.stderr
 
 
 @pytest.mark.container

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from raresynth.bundle.contents import open_bundle
+from raresynth.bundle.contents import Bundle, open_bundle
+from raresynth.bundle.graphs import open_graph
 from raresynth.dataset.images import Pixels, decode_image, may_be_image, printable
 from raresynth.errors import DataError, ParamsError
 from raresynth.lineage import walk, write_text
@@ -31,6 +31,11 @@ class Prediction(NamedTuple):
     """Last feature map, (n, channels, height, width) for a convolutional model."""
 
 
+def preprocess(images: Pixels) -> Floats:
+    """Uint8 images (n, R, R, 3) as the graph takes them: (n, 3, R, R), values in [-1, 1]."""
+    return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
 class Predictor:
     """The bundle's classifier.
 
@@ -38,18 +43,25 @@ class Predictor:
         bundle: the content of bundle.json.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bundle: Bundle | None = None, threads: int = 0) -> None:
         """Open a bundle.
+
+        Args:
+            bundle: the opened bundle, where it has been checked already.
+            threads: CPU threads of one call; 0 for one a core.
 
         Raises:
             CheckpointError: this is no bundle, or a file in it was changed.
         """
-        self.bundle = open_bundle(folder)
-        self._session = onnxruntime.InferenceSession(str(folder / "classifier" / "model.onnx"))
+        self.bundle = bundle or open_bundle(folder)
+        self._session = open_graph(folder / "classifier" / "model.onnx", threads)
 
     def predict(self, images: Pixels) -> Prediction:
         """Predict uint8 images (n, R, R, 3), decoded by `decode_image` at the classifier's resolution."""
-        inputs = images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+        return self.run(preprocess(images))
+
+    def run(self, inputs: Floats) -> Prediction:
+        """Predict images that `preprocess` made ready."""
         logits, features = self._session.run(None, {"images": inputs})
         scaled = logits / self.bundle.classifier.temperature
         exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))

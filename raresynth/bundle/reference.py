@@ -33,7 +33,7 @@ def pooled(features: npt.NDArray[np.float32]) -> Floats:
 def strangeness(features: Floats, mean: Floats, precision: Floats) -> Floats:
     """Squared Mahalanobis distance of feature vectors (n, d) to the train images' mean (Lee et al., 2018)."""
     centred = features - mean
-    return np.asarray(np.einsum("nd,de,ne->n", centred, precision, centred))
+    return np.asarray((centred @ precision * centred).sum(axis=1))
 
 
 def build_reference(predictor: Predictor, train: Pixels, train_labels: list[str], val: Pixels) -> dict[str, Any]:
@@ -48,16 +48,19 @@ def build_reference(predictor: Predictor, train: Pixels, train_labels: list[str]
     train_features = np.concatenate([pooled(predictor.predict(chunk).features) for chunk in _chunks(train)])
     val_predictions = [predictor.predict(chunk) for chunk in _chunks(val)]
     val_features = np.concatenate([pooled(prediction.features) for prediction in val_predictions])
-    confidence = np.concatenate([prediction.probabilities for prediction in val_predictions]).max(axis=1)
+    probabilities = np.concatenate([prediction.probabilities for prediction in val_predictions])
     fit = LedoitWolf().fit(train_features)
     mean, precision = fit.location_.round(6), fit.precision_.round(6)
     scores = strangeness(val_features, mean, precision)
     labels = predictor.bundle.labels
+    predicted = np.bincount(probabilities.argmax(axis=1), minlength=len(labels))
     return {
         "n_train": len(train),
         "n_val": len(val),
         "class_priors": {label: train_labels.count(label) / len(train_labels) for label in labels},
-        "confidence": _histogram(confidence),
+        # Not the priors: a classifier trained on balanced batches names rare classes far more often.
+        "predicted": dict(zip(labels, predicted.tolist(), strict=True)),
+        "confidence": _histogram(probabilities.max(axis=1)),
         "inputs": {name: _histogram(values) for name, values in input_statistics(np.asarray(train)).items()},
         "features": {"mean": mean.tolist(), "precision": precision.tolist()},
         "strangeness": {f"q{q}": round(float(np.quantile(scores, q / 100)), 6) for q in (50, 95, 99)},

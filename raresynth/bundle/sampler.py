@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
 from raresynth.bundle.contents import Bundle, open_bundle
+from raresynth.bundle.graphs import open_graph
 from raresynth.dataset.images import Pixels
 from raresynth.errors import CheckpointError, ParamsError
 from raresynth.gan.latents import CHUNK, aligned_chunks, latents
@@ -20,11 +20,12 @@ from raresynth.progress import progress
 class Sampler:
     """One accepted generator of a bundle."""
 
-    def __init__(self, folder: Path, label: str, bundle: Bundle | None = None) -> None:
+    def __init__(self, folder: Path, label: str, bundle: Bundle | None = None, threads: int = 0) -> None:
         """Open a generator.
 
         Args:
             bundle: the opened bundle, where it has been checked already.
+            threads: CPU threads of one call; 0 for one a core.
 
         Raises:
             CheckpointError: this is no bundle, a file in it was changed, or it has no generator for the label.
@@ -34,7 +35,7 @@ class Sampler:
             raise CheckpointError(no_generator(bundle, label))
         self.label = label
         self.generator = bundle.generators[label]
-        self._session = onnxruntime.InferenceSession(str(folder / "generators" / label / "model.onnx"))
+        self._session = open_graph(folder / "generators" / label / "model.onnx", threads)
 
     def generate(self, seed: int, first: int, n: int, truncation: float) -> Pixels:
         """Images first .. first + n - 1; uint8 (n, R, R, 3). Image i depends on seed, truncation and i alone."""

@@ -1,0 +1,48 @@
+"""`python -m serving`: one BentoML server over an approved bundle, in the foreground, until Ctrl-C or SIGTERM."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from raresynth.errors import RaresynthError, describe
+from serving.settings import PREFIX, Settings, read_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    """Serve what the settings name."""
+    try:
+        settings = read_settings()
+        if settings.work_dir is not None:
+            settings.work_dir.mkdir(parents=True, exist_ok=True)
+            return _serve(settings, settings.work_dir)
+        with tempfile.TemporaryDirectory(prefix="raresynth-") as work_dir:
+            return _serve(settings, Path(work_dir))
+    except (RaresynthError, OSError) as error:
+        print(f"cannot serve: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def _serve(settings: Settings, work_dir: Path) -> int:
+    os.environ |= {
+        PREFIX + "WORK_DIR": str(work_dir),
+        # Two servers that shared it would wipe each other's metrics and tasks.
+        "BENTOML_HOME": str(work_dir / "bentoml"),
+        "BENTOML_DO_NOT_TRACK": "True",
+        # The graphs' threads are set one by one; numpy's own would only get in their way.
+        "OMP_NUM_THREADS": "1",
+    }
+    from bentoml_cli.cli import cli
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    print(f"raresynth at http://{host}:{settings.port}/ serves {settings.bundle}; Ctrl-C ends it", flush=True)
+    arguments = ["serve", "serving.service:Raresynth", "--host", settings.host, "--port", str(settings.port)]
+    arguments += ["--working-dir", str(ROOT), "--timeout-graceful-shutdown", str(settings.drain_s)]
+    cli.main(arguments, prog_name="bentoml", standalone_mode=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

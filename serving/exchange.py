@@ -1,0 +1,139 @@
+"""One request and its answer: its id, its headers, errors in the one format, and what is counted and logged of it."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import Message, Send
+
+from serving import metrics
+from serving.errors import CODES, ApiError
+from serving.routes import Route
+
+SECURITY = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+RETRY_S = 1.0
+log = logging.getLogger("raresynth.serving")
+
+
+class Exchange:
+    """One request and its answer.
+
+    Attributes:
+        client: name of the key that asks.
+        status: of the answer, 0 before there is one.
+        body_is_read: whether all that the client sends was taken.
+        ended: whether the answer was sent or given up.
+        deadline: lifted once the answer is sent: a task works on after that.
+    """
+
+    deadline: asyncio.Timeout | None = None
+    ended = False
+
+    def __init__(self, route: Route | None, send: Send, headers: Headers) -> None:
+        self.route, self._send, self.headers = route, send, headers
+        asked = headers.get("x-request-id", "")
+        self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        self.client, self.status = "-", 0
+        self.body_is_read = not ({"content-length", "transfer-encoding"} & set(headers))
+        self._began = time.perf_counter()
+        self._failing: list[bytes] | None = None
+        self._start: Message = {}
+        self._at_end = [self._tell]
+
+    def on_end(self, what: Callable[[], None]) -> None:
+        """Have something done as soon as the answer is sent or given up."""
+        self._at_end.append(what)
+
+    def end(self) -> None:
+        """Do what waits for the end, the first time."""
+        self.ended = True
+        while self._at_end:
+            self._at_end.pop()()
+
+    async def send(self, message: Message) -> None:
+        """Pass BentoML's answer on; one that tells an error is held back until it can be put into our format."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            if message["status"] >= 400:
+                self._failing = []
+            else:
+                await self._begin(message)
+            return
+        last = not message.get("more_body", False)
+        if self._failing is None:
+            await self._send(message)
+        else:
+            self._failing.append(message.get("body", b""))
+            if last:
+                await self.refuse(_in_our_format(self._start, b"".join(self._failing)))
+        if last:
+            self._lift_deadline()
+            self.end()
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, unless an answer is under way already."""
+        if self.status:
+            return
+        metrics.rejected.labels(error.code).inc()
+        response = error.response(self.request_id)
+        if not self.body_is_read:
+            response.headers["Connection"] = "close"  # rather than take the rest of a body that nobody wants
+        start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        await self._begin(start)
+        await self._send({"type": "http.response.body", "body": response.body})
+
+    async def _begin(self, start: Message) -> None:
+        self.status = start["status"]
+        headers = MutableHeaders(raw=list(start["headers"]))
+        headers["X-Request-ID"] = self.request_id
+        headers.update(SECURITY)
+        del headers["server"]
+        await self._send({**start, "headers": headers.raw})
+        if self.route and self.route.body is None:
+            self._lift_deadline()  # a large archive may take a slow client long
+
+    def _lift_deadline(self) -> None:
+        if self.deadline and not self.deadline.expired():
+            self.deadline.reschedule(None)
+
+    def _tell(self) -> None:
+        """Count and log the exchange: never its body, nor its query or file names."""
+        path = self.route.path if self.route else "other"
+        seconds = time.perf_counter() - self._began
+        metrics.requests.labels(path, str(self.status)).inc()
+        metrics.request_seconds.labels(path).observe(seconds)
+        if self.route is None or self.route.path not in ("/livez", "/readyz", "/metrics"):
+            log.info("%s %s %s %d %.1f ms", self.request_id, self.client, path, self.status, seconds * 1000)
+
+
+def _in_our_format(start: Message, body: bytes) -> ApiError:
+    """An error of a route as it raised it; one of BentoML's by its status."""
+    retry = Headers(raw=start["headers"]).get("retry-after")
+    try:
+        detail = json.loads(body)["error"]
+        return ApiError(detail["code"], detail["message"], float(retry) if retry else None)
+    except (ValueError, KeyError, TypeError):
+        status = start["status"]
+        by_status = {
+            400: "malformed",
+            404: "not_found",
+            405: "method",
+            413: "too_large",
+            503: "overloaded",
+            504: "timeout",
+        }
+        code = by_status.get(status, "internal" if status >= 500 else "malformed")
+        return ApiError(code, CODES[code][1], RETRY_S if code == "overloaded" else None)

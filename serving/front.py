@@ -1,0 +1,230 @@
+"""What stands before BentoML: request ids, keys, limits, deadlines and the one error format.
+
+BentoML's own middleware lies behind it, so that what is refused here costs next to nothing, and its metrics get no
+series of unknown paths.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving import metrics
+from serving.errors import ApiError
+from serving.exchange import RETRY_S, Exchange, log
+from serving.keys import Keys
+from serving.rate import RateLimit
+from serving.requests import PARSED, parse
+from serving.routes import Route, find_route
+from serving.settings import Settings
+
+_LARGEST_JSON = 16_384
+_DISCARD_BYTES, _DISCARD_S = 1_000_000, 1.0
+
+
+class Gone(Exception):
+    """The client went away."""
+
+
+class Front:
+    """ASGI middleware around the whole service."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        """Stand before an app.
+
+        Args:
+            clock: of the rate limit.
+
+        Raises:
+            ParamsError: the file of keys cannot be used.
+        """
+        self._app, self._settings = app, settings
+        self._keys = Keys(settings.keys_file) if settings.keys_file else None
+        log.setLevel(logging.INFO)  # BentoML shows warnings alone
+        self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
+        self._running, self._buffered = 0, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        route, known = find_route(scope["method"], scope["path"])
+        exchange = Exchange(route, send, Headers(scope=scope))
+        try:
+            if route is None:
+                raise _no_route(scope, known)
+            self._admit(route, exchange, scope)
+            await self._answer(route, exchange, scope, receive)
+        except ApiError as error:
+            if not exchange.body_is_read and error.code != "slow_body":
+                exchange.body_is_read = await _discarded(receive)
+            await exchange.refuse(error)
+        except Gone:
+            exchange.status = 499
+        finally:
+            exchange.end()
+
+    def _admit(self, route: Route, exchange: Exchange, scope: Scope) -> None:
+        """Check the key, its scope and its rate."""
+        if route.access == "public":
+            return
+        if self._keys is None:
+            exchange.client = "local"
+            _check_loopback(scope, exchange.headers)
+        else:
+            kind, _, presented = exchange.headers.get("authorization", "").partition(" ")
+            found = self._keys.find(presented.strip()) if kind.lower() == "bearer" else None
+            if found is None:
+                raise ApiError("no_key", "send an API key: `Authorization: Bearer KEY`")
+            exchange.client, scopes = found
+            if route.access != "any" and route.access not in scopes:
+                raise ApiError("no_scope", f"this key may not {route.access}; ask for one with that scope")
+        if wait := self._rate.take(exchange.client):
+            raise ApiError("rate", "this key's rate is used up; wait", wait)
+
+    async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"authorization"]}
+        if route.body is None:
+            await self._run(exchange, scope, receive)
+            return
+        if self._running >= self._settings.max_requests:
+            raise ApiError("overloaded", "too many requests are under way; try again", RETRY_S)
+        reserved = self._reserve(route, exchange.headers)
+        try:
+            body = await self._read(receive, reserved)
+            exchange.body_is_read = True
+            scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
+            await self._counted(exchange, scope, body, receive)
+        finally:
+            self._buffered -= reserved
+
+    def _reserve(self, route: Route, headers: Headers) -> int:
+        """Bytes that the body may have, put aside before it is read."""
+        form = route.body is not None and "multipart" in headers.get("content-type", "")
+        most = int(self._settings.max_body_mb * 1e6) if form else _LARGEST_JSON
+        length = headers.get("content-length", "")
+        size = int(length) if length.isascii() and length.isdigit() else most
+        if size > most:
+            raise ApiError("too_large", f"the body may have {most} bytes at most")
+        if self._buffered + size > self._settings.max_buffered_mb * 1e6:
+            raise ApiError("overloaded", "too much is being uploaded; try again", RETRY_S)
+        self._buffered += size
+        return size
+
+    async def _read(self, receive: Receive, most: int) -> bytes:
+        chunks: list[bytes] = []
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > most:
+                        raise ApiError("too_large", f"the body may have {most} bytes at most")
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError("slow_body", f"the body took longer than {self._settings.body_timeout_s:g} s") from None
+        return b"".join(chunks)
+
+    async def _counted(self, exchange: Exchange, scope: Scope, body: bytes, receive: Receive) -> None:
+        if self._running >= self._settings.max_requests:
+            raise ApiError("overloaded", "too many requests are under way; try again", RETRY_S)
+        self._running += 1
+        metrics.in_flight.set(self._running)
+
+        def finished() -> None:
+            self._running -= 1
+            metrics.in_flight.set(self._running)
+
+        exchange.on_end(finished)
+        answering = asyncio.create_task(self._run(exchange, scope, _replay(body, receive)))
+        watching = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done() and not exchange.ended:
+                raise Gone
+            await answering  # a task may go on after its answer
+        finally:
+            watching.cancel()
+            answering.cancel()
+
+    async def _run(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+        """Let BentoML answer within the deadline; what a task does after its answer has no deadline."""
+        try:
+            async with asyncio.timeout(self._settings.timeout_s) as deadline:
+                exchange.deadline = deadline
+                await self._app(scope, receive, exchange.send)
+        except TimeoutError:
+            raise ApiError("timeout", f"the work took longer than {self._settings.timeout_s:g} s") from None
+        except (ApiError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            log.exception("%s failed", exchange.request_id)
+            raise ApiError("internal", "the service failed; tell its admin the request_id") from error
+
+
+def _no_route(scope: Scope, known: bool) -> ApiError:
+    if known:
+        return ApiError("method", f"this path does not take {scope['method'][:10]}; see /docs.json")
+    return ApiError("not_found", "there is no such path; see /docs.json")
+
+
+def _check_loopback(scope: Scope, headers: Headers) -> None:
+    """Without keys, only connections to a loopback address are served, whatever address the server was started on.
+
+    The name that the client used must be one of loopback too: a web page could else have its own name resolve here.
+    """
+    reached = str((scope.get("server") or ("",))[0])
+    if not _is_loopback(reached) or not _is_loopback(headers.get("host", "")):
+        raise ApiError("no_key", "the service has no API keys, so it answers on 127.0.0.1 and localhost alone")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or host
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body in one message, for whoever still wants to read it; then what comes from the client."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _discarded(receive: Receive) -> bool:
+    """Take the rest of a body that is not wanted, if it is small and quick: a client that still sends when the
+    connection is closed may miss the answer. Returns whether all was taken.
+    """
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while size < _DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return True
+    return False
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Return once the client is gone, or has its answer."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

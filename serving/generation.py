@@ -1,0 +1,114 @@
+"""Archives of synthetic images: small ones as an answer, large ones as a file that a task leaves."""
+
+import asyncio
+import hashlib
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from raresynth.bundle.sampler import Sampler
+from serving import metrics
+from serving.answers import BatchResult
+from serving.archives import Dropped, write_archive
+from serving.archives import Order as Drawing
+from serving.errors import ApiError
+from serving.models import Models
+from serving.requests import Order
+from serving.settings import Settings
+
+RETRY_S = 60.0
+
+
+class Generation:
+    """Draws images with the bundle's generators."""
+
+    def __init__(self, models: Models, settings: Settings, results_dir: Path) -> None:
+        self._models, self._settings, self._results_dir = models, settings, results_dir
+        # Threads of their own: predictions never queue behind an archive, nor small archives behind a large one.
+        self._threads = ThreadPoolExecutor(settings.threads, "generate")
+        self._task_thread = ThreadPoolExecutor(1, "generate_batch")
+        self._tasks: set[threading.Event] = set()
+        lineage = models.bundle.lineage
+        self._lineage = {"bundle": models.version, "data_version": lineage.data_md5, "commit": lineage.commit}
+
+    async def archive(self, order: Order) -> bytes:
+        """The archive of a small order; the work stops when nobody waits for it any more.
+
+        Raises:
+            ApiError: the label has no accepted generator.
+        """
+        sampler, drawing = self._prepare(order)
+        dropped = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._in_memory, sampler, drawing, dropped
+            )
+        finally:
+            dropped.set()
+
+    async def batch(self, order: Order) -> BatchResult:
+        """Leave the archive of a large order as a file.
+
+        Raises:
+            ApiError: the label has no accepted generator, too many batches wait, or the disk is full.
+        """
+        sampler, drawing = self._prepare(order)
+        if len(self._tasks) >= self._settings.max_tasks:
+            raise ApiError("overloaded", "too many batches run or wait already; try again", RETRY_S)
+        dropped = threading.Event()
+        self._tasks.add(dropped)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._task_thread, self._as_file, sampler, drawing, dropped
+            )
+        except OSError as error:
+            raise ApiError(
+                "no_space", "the service cannot write the archive; ask for less, or tell its admin"
+            ) from error
+        except Dropped:
+            raise ApiError("overloaded", "the service is going down; ask again", RETRY_S) from None
+        finally:
+            self._tasks.discard(dropped)
+
+    def stop(self) -> None:
+        """Drop all batches that run or wait."""
+        for dropped in set(self._tasks):
+            dropped.set()
+
+    def _prepare(self, order: Order) -> tuple[Sampler, Drawing]:
+        sampler = self._models.sampler(order.label)
+        truncation = sampler.generator.truncation if order.truncation is None else order.truncation
+        return sampler, Drawing(**{**order.model_dump(), "truncation": truncation})
+
+    def _in_memory(self, sampler: Sampler, drawing: Drawing, dropped: threading.Event) -> bytes:
+        out = BytesIO()
+        self._write(out, sampler, drawing, dropped)
+        return out.getvalue()
+
+    def _as_file(self, sampler: Sampler, drawing: Drawing, dropped: threading.Event) -> BatchResult:
+        name = f"{uuid.uuid4().hex}.zip"
+        unfinished = self._results_dir / f".{name}"
+        try:
+            with unfinished.open("wb") as out:
+                self._write(out, sampler, drawing, dropped)
+            with unfinished.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = unfinished.stat().st_size
+            unfinished.replace(self._results_dir / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._forget_oldest()
+        return BatchResult(path=f"/generated/{name}", sha256=digest, n_bytes=size, n=drawing.n, label=drawing.label)
+
+    def _write(self, out: Any, sampler: Sampler, drawing: Drawing, dropped: threading.Event) -> None:
+        with metrics.timed("generate"):
+            write_archive(out, sampler, drawing, self._lineage, dropped)
+        metrics.generated.labels(drawing.label).inc(drawing.n)
+
+    def _forget_oldest(self) -> None:
+        finished = sorted(self._results_dir.glob("*.zip"), key=lambda path: path.stat().st_mtime_ns)
+        for path in finished[: -self._settings.kept_results]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""The BentoML service: its routes and nothing else."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import bentoml
+from bentoml.validators import ContentType
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from serving.answers import BatchPredictions, BatchResult, Prediction
+from serving.approval import open_approved
+from serving.errors import answered
+from serving.front import Front
+from serving.pages import pages
+from serving.requests import Image, Images, LargeOrder, Order
+from serving.settings import read_settings
+
+Zip = Annotated[Path, ContentType("application/zip")]
+READ_ONLY = pages()
+
+
+class Guarded(bentoml.Service):
+    """A service behind its `Front`."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        """The app that BentoML's worker runs."""
+        settings = read_settings()
+        # The deadline is the front's; BentoML's comes later, in case.
+        self.config["traffic"] = {
+            **self.config.get("traffic", {}),
+            "timeout": settings.timeout_s + settings.body_timeout_s,
+        }
+        return Front(super().to_asgi(is_main), settings)
+
+
+@bentoml.service(
+    name="raresynth",
+    service_class=Guarded,
+    workers=1,  # one a pod, so that its limits and counts hold; more are more pods
+    logging={"access": {"enabled": False}},  # the front logs, by request id
+    tracing={"excluded_urls": [".*"]},  # nothing collects the spans, and four a request cost more than the front does
+)
+@bentoml.asgi_app(READ_ONLY, path="/")
+class Raresynth:
+    """Approved generators and the approved classifier of one bundle."""
+
+    def __init__(self) -> None:
+        from serving.card import model_card
+        from serving.generation import Generation
+        from serving.models import Models
+        from serving.predictions import Classification
+
+        settings = read_settings()
+        models = Models(settings)
+        READ_ONLY.state.card = model_card(models, settings.bundle)
+        READ_ONLY.state.results_dir = settings.results_dir()
+        self._classification = Classification(models, settings)
+        self._generation = Generation(models, settings, READ_ONLY.state.results_dir)
+
+    @bentoml.on_deployment
+    @staticmethod
+    def refuse_what_is_not_approved() -> None:
+        """Before there is a worker that would die of it."""
+        settings = read_settings()
+        open_approved(settings.bundle, settings.bundle_sha256)
+
+    @bentoml.on_shutdown
+    def stop(self) -> None:
+        """Drop the batches that nobody can fetch any more."""
+        self._generation.stop()
+
+    @bentoml.api(input_spec=Image)
+    @answered
+    async def predict(self, image: bytes, overlay: bool = False) -> Prediction:
+        """Label, calibrated probabilities and strangeness of one image."""
+        return await self._classification.predict(image, overlay)
+
+    @bentoml.api(input_spec=Images)
+    @answered
+    async def predict_batch(self, images: list[bytes], overlay: bool = False) -> BatchPredictions:
+        """The same for several images; one that is refused spoils no other."""
+        return await self._classification.predict_batch(images, overlay)
+
+    @bentoml.api(input_spec=Order)
+    @answered
+    async def generate(self, **order: Any) -> Zip:
+        """Zip of synthetic images with manifest.json; equal orders give equal bytes."""
+        archive = await self._generation.archive(Order(**order))
+        disposition = f'attachment; filename="synthetic-{order["seed"]}.zip"'
+        return Response(archive, 200, {"Content-Disposition": disposition}, "application/zip")  # type: ignore[return-value]
+
+    @bentoml.task(input_spec=LargeOrder)
+    @answered
+    async def generate_batch(self, **order: Any) -> BatchResult:
+        """Up to 10,000 images, as an archive to be fetched."""
+        return await self._generation.batch(LargeOrder(**order))

@@ -1,0 +1,646 @@
+"""The service's parts, each alone."""
+
+import asyncio
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+from PIL import Image
+from serving_images import animated, bad_uploads, encoded
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from raresynth import lineage
+from raresynth.bundle.contents import open_bundle, read_reference, write_bundle_json
+from raresynth.bundle.predictor import Predictor
+from raresynth.bundle.sampler import Sampler
+from raresynth.dataset.images import decode_image
+from raresynth.errors import CheckpointError, ParamsError
+from raresynth.gan.png import read_provenance
+from serving.activation import ActivationMaps
+from serving.approval import open_approved
+from serving.archives import Dropped, Order, write_archive
+from serving.batching import Batcher
+from serving.drift import ENOUGH, Drift, stability_index
+from serving.errors import CODES, ApiError
+from serving.front import Front
+from serving.generation import Generation
+from serving.keys import Keys, main
+from serving.models import Models
+from serving.openapi import openapi
+from serving.rate import RateLimit
+from serving.requests import MAX_IMAGES, Images, LargeOrder, parse
+from serving.requests import Image as OneImage
+from serving.routes import ROUTES, find_route
+from serving.settings import Settings, read_settings
+from serving.uploads import check_upload, decode_upload
+
+SMALL = Settings(max_image_mb=1, max_megapixels=2)
+
+
+# What is uploaded
+
+
+@pytest.mark.parametrize("name", bad_uploads())
+def test_a_bad_upload_is_refused_by_name(name: str) -> None:
+    content, code = bad_uploads()[name]
+    with pytest.raises(ApiError) as refused:
+        decode_upload(content, 32, SMALL)
+    assert refused.value.code == code
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "MPO"])
+def test_a_good_upload_is_decoded_as_in_training(kind: str) -> None:
+    content = animated("MPO") if kind == "MPO" else encoded(kind)
+    assert np.array_equal(decode_upload(content, 32, SMALL), decode_image(content, 32))
+
+
+def test_a_progressive_jpeg_of_many_scans_is_refused() -> None:
+    content = encoded("JPEG", progressive=True)
+    check_upload(content, SMALL)
+    scan = content.rindex(b"\xff\xda")
+    with pytest.raises(ApiError, match="scans"):
+        check_upload(content[:-2] + content[scan:-2] * 100 + b"\xff\xd9", SMALL)
+
+
+def test_an_image_is_turned_as_its_exif_says() -> None:
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste("black", (0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    upright = decode_upload(buffer.getvalue(), 32, SMALL)
+    assert upright[:, 20:].mean() < 60 < 200 < upright[:, :12].mean()
+
+
+def form(*parts: tuple[str, str | None, bytes]) -> tuple[str, bytes]:
+    body = b"".join(
+        f'--x\r\nContent-Disposition: form-data; name="{name}"'.encode()
+        + (f'; filename="{file}"'.encode() if file is not None else b"")
+        + b"\r\n\r\n"
+        + content
+        + b"\r\n"
+        for name, file, content in parts
+    )
+    return "multipart/form-data; boundary=x", body + b"--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "code"),
+    [
+        ([("image", None, b"http://127.0.0.1:1/x.png")], "malformed"),
+        ([("image", "a.png", b"1"), ("other", None, b"1")], "malformed"),
+        ([("image", "a.png", b"1"), ("overlay", None, b"perhaps")], "malformed"),
+        ([("image", "a.png", b"1"), ("overlay", "b.png", b"true")], "malformed"),
+        ([("image", "a.png", b"1"), ("image", "b.png", b"2")], "too_many_images"),
+        ([("overlay", None, b"true")], "malformed"),
+        ([], "malformed"),
+    ],
+)
+def test_a_form_that_is_not_asked_for_is_refused(parts: list[tuple[str, str | None, bytes]], code: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        asyncio.run(parse(OneImage, *form(*parts)))
+    assert refused.value.code == code
+
+
+def test_forms_are_read() -> None:
+    one = asyncio.run(parse(OneImage, *form(("image", "a.png", b"\x00\xff"), ("overlay", None, b"true"))))
+    assert one.model_dump() == {"image": b"\x00\xff", "overlay": True}
+    parts = [("images", f"{i}.png", bytes([i])) for i in range(MAX_IMAGES)]
+    several = asyncio.run(parse(Images, *form(*parts)))
+    assert several.model_dump() == {"images": [bytes([i]) for i in range(MAX_IMAGES)], "overlay": False}
+    with pytest.raises(ApiError, match="too_many_images"):
+        asyncio.run(parse(Images, *form(*parts, parts[0])))
+
+
+# What is served
+
+
+def test_only_approved_bundles_are_opened(accepted_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_approved(accepted_bundle)
+    digest = lineage.sha256_file(accepted_bundle / "bundle.json")
+    assert open_approved(accepted_bundle, digest) == bundle
+    with pytest.raises(CheckpointError, match=f"another bundle.*{digest}"):
+        open_approved(accepted_bundle, "0" * 64)
+    changed = tmp_path / "bundle"
+    changed.mkdir()
+    for path in accepted_bundle.iterdir():
+        (changed / path.name).symlink_to(path)
+    for name in ("bundle.json", "bundle.sha256"):
+        (changed / name).unlink()
+    rejected = {**bundle.decisions["classes"]["vascular"], "decision": "rejected"}
+    classes = {**bundle.decisions["classes"], "vascular": rejected}
+    release = bundle.decisions["release"]
+    for decisions, reason in (
+        ({"classes": classes, "release": release}, "generator of vascular was rejected"),
+        ({"classes": {}, "release": release}, "generator of vascular was never judged"),
+        ({**bundle.decisions, "release": {**release, "arm": "synthetic"}}, "was not released"),
+        ({**bundle.decisions, "release": {**release, "decision": "rejected", "best_real_arm": "x"}}, "not released"),
+        ({"classes": bundle.decisions["classes"]}, "was not released"),
+    ):
+        write_bundle_json(changed, bundle.model_copy(update={"decisions": decisions}))
+        with pytest.raises(CheckpointError, match=reason):
+            open_approved(changed)
+    files = {name: digest for name, digest in bundle.files.items() if name != "generators/vascular/model.onnx"}
+    write_bundle_json(changed, bundle.model_copy(update={"files": files}))
+    with pytest.raises(CheckpointError, match="weights that were judged"):
+        open_approved(changed)
+
+
+def test_activation_maps_add_up_to_the_logits(accepted_bundle: Path) -> None:
+    bundle = open_bundle(accepted_bundle)
+    assert bundle.classifier.pooled_linear_head
+    rows = ActivationMaps(accepted_bundle, bundle)._rows
+    side = bundle.classifier.resolution
+    pixels = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    prediction = Predictor(accepted_bundle, bundle).predict(pixels)
+    maps = np.einsum("lk,nkhw->nlhw", rows, prediction.features)
+    logits = np.log(prediction.probabilities) * bundle.classifier.temperature
+    # Up to the layer's bias and the softmax's constant, the mean of a label's map is its logit.
+    differences = logits - maps.mean((2, 3))
+    differences -= differences.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(differences, differences[:1].repeat(3, 0), atol=1e-3)
+
+
+def test_an_overlay_is_warm_where_the_features_spoke_for_the_label(accepted_bundle: Path) -> None:
+    bundle = open_bundle(accepted_bundle)
+    maps = ActivationMaps(accepted_bundle, bundle)
+    row = maps._rows[1]
+    features = np.zeros((len(row), 4, 4), np.float32)
+    features[:, 0, 3] = row  # as strongly for label 1 as can be, in one corner
+    with Image.open(io.BytesIO(maps.overlay(np.full((32, 32, 3), 128, np.uint8), features, 1))) as image:
+        overlay = np.asarray(image).astype(int)
+    assert overlay.shape == (32, 32, 3)
+    warm = overlay[..., 0] - overlay[..., 2]
+    assert warm[:6, -6:].mean() > 20 > -20 > warm[-6:, :6].mean()
+
+
+def written(sampler: Sampler, **order: object) -> bytes:
+    out = io.BytesIO()
+    asked = {"label": "vascular", "n": 20, "seed": 3, "truncation": 1.0, "format": "png", **order}
+    write_archive(out, sampler, Order.model_validate(asked), {"bundle": "b"}, threading.Event())
+    return out.getvalue()
+
+
+def test_archives_hold_what_was_ordered(accepted_bundle: Path) -> None:
+    sampler = Sampler(accepted_bundle, "vascular", threads=1)
+    png = written(sampler)
+    assert png == written(Sampler(accepted_bundle, "vascular", threads=2))
+    assert png != written(sampler, seed=4)
+    drawn = sampler.generate(3, 0, 20, 1.0)
+    with zipfile.ZipFile(io.BytesIO(png)) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+        assert len(manifest["images"]) == 20 and manifest["bundle"] == "b" and manifest["synthetic"] is True
+        for entry, pixels in zip(manifest["images"], drawn, strict=True):
+            content = archive.read(entry["path"])
+            assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+            with Image.open(io.BytesIO(content)) as image:
+                said = read_provenance(image)
+                assert said is not None and (said.label, said.seed, said.index) == ("vascular", 3, entry["index"])
+                assert np.array_equal(np.asarray(image), pixels)
+    with (
+        zipfile.ZipFile(io.BytesIO(written(sampler, format="npz"))) as archive,
+        np.load(io.BytesIO(archive.read("images.npz"))) as arrays,
+    ):
+        assert np.array_equal(arrays["images"], drawn)
+        entry = json.loads(archive.read("manifest.json"))["images"][0]
+        assert entry["pixels_sha256"] == hashlib.sha256(drawn.tobytes()).hexdigest()
+    with zipfile.ZipFile(io.BytesIO(written(sampler, format="jpeg", n=2))) as archive:
+        with Image.open(io.BytesIO(archive.read("000001.jpeg"))) as image:
+            said = json.loads(image.info["comment"])
+            assert np.abs(np.asarray(image).astype(int) - drawn[1]).mean() < 8
+        assert said["synthetic"] is True and said["index"] == 1
+
+
+def test_an_archive_that_nobody_waits_for_is_dropped(accepted_bundle: Path) -> None:
+    order = Order(label="vascular", n=10_000, seed=0, truncation=1.0, format="png")
+    dropped = threading.Event()
+    dropped.set()
+    with pytest.raises(Dropped):
+        write_archive(io.BytesIO(), Sampler(accepted_bundle, "vascular"), order, {}, dropped)
+
+
+def test_an_archive_that_cannot_be_written_is_told_and_leaves_nothing(accepted_bundle: Path, tmp_path: Path) -> None:
+    models = Models(Settings(bundle=accepted_bundle))
+
+    async def ask(folder: Path) -> object:
+        return await Generation(models, Settings(kept_results=2), folder).batch(LargeOrder(label="vascular", n=3))
+
+    with pytest.raises(ApiError, match="no_space"):
+        asyncio.run(ask(tmp_path / "no such folder"))
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(3):
+        asyncio.run(ask(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2, "the oldest is deleted"
+
+
+# How it is watched
+
+
+def test_the_stability_index_is_zero_for_equal_shares_and_grows_with_the_difference() -> None:
+    expected = np.array([500.0, 300.0, 200.0])
+    assert stability_index(expected, expected) == 0
+    near, far = stability_index(np.array([52.0, 29, 19]), expected), stability_index(np.array([5.0, 15, 80]), expected)
+    assert 0 < near < 0.02 and far > 1
+    assert np.isfinite(stability_index(np.array([0.0, 0, 10]), expected))
+
+
+def test_drift_sees_other_images_and_not_the_same_ones(accepted_bundle: Path) -> None:
+    reference, labels = read_reference(accepted_bundle), open_bundle(accepted_bundle).labels
+    assert sum(reference["predicted"].values()) == reference["n_val"]
+    drift = Drift(reference, labels, window=400)
+    dark = np.zeros((ENOUGH - 1, 8, 8, 3), np.uint8)
+    drift.add(dark, np.zeros(len(dark), int), [True] * len(dark))
+    assert drift.indices() == {} and drift.flagged_share() is None
+    drift.add(dark[:1], np.zeros(1, int), [False])
+    assert set(drift.indices()) == {"brightness", "contrast", "red", "green", "blue", "label"}
+    assert drift.indices()["brightness"] > 1 and drift.flagged_share() == pytest.approx(1 - 1 / ENOUGH)
+
+
+# Who may ask, and how often
+
+
+def test_keys_are_found_by_their_hash_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.yaml"
+    assert main(["alice", "predict", "generate"]) == 0
+    shown = capsys.readouterr()
+    path.write_text(shown.out)
+    key = shown.err.split("once: ")[1].splitlines()[0]
+    assert key not in shown.out
+    keys = Keys(path)
+    assert keys.find(key) == ("alice", {"predict", "generate"})
+    for wrong in ("", key[:-1], key + "x", "alice", yaml.safe_load(shown.out)["alice"]["sha256"]):
+        assert keys.find(wrong) is None
+    assert main(["alice"]) == 2 and main(["alice", "everything"]) == 2
+    for content in ("", "[]", "{}", "alice: {sha256: 12, scopes: [predict]}", "a: {sha256: " + "0" * 64 + "}"):
+        path.write_text(content)
+        with pytest.raises(ParamsError, match="API key"):
+            Keys(path)
+
+
+def test_a_rate_is_kept_and_fills_again() -> None:
+    now = 100.0
+    rate = RateLimit(60, 2, lambda: now)
+    assert [rate.take("a"), rate.take("a")] == [0, 0]
+    assert rate.take("a") == pytest.approx(1)
+    assert rate.take("b") == 0
+    now = 101.5
+    assert rate.take("a") == 0 and rate.take("a") == pytest.approx(0.5)
+    now = 1e6
+    assert [rate.take("a") for _ in range(3)] == [0, 0, pytest.approx(1)]
+
+
+def test_settings_come_from_file_and_environment(tmp_path: Path) -> None:
+    path = tmp_path / "serving.yaml"
+    path.write_text("port: 4000\nmax_batch: 8\n")
+    settings = read_settings(
+        {"RARESYNTH_SERVING": str(path), "RARESYNTH_SERVING_PORT": "4001", "RARESYNTH_SERVING_BUNDLE": "12"}
+    )
+    assert (settings.port, settings.max_batch, settings.bundle) == (4001, 8, Path("12"))
+    for environment, reason in (
+        ({"RARESYNTH_SERVING_PROT": "1"}, "prot"),
+        ({"RARESYNTH_SERVING_PORT": "x"}, "port"),
+        ({"RARESYNTH_SERVING_HOST": "localhost"}, "IP address"),
+        ({"RARESYNTH_SERVING_HOST": "0.0.0.0"}, "API keys are needed"),
+        ({"RARESYNTH_SERVING_HOST": "::"}, "API keys are needed"),
+        ({"RARESYNTH_SERVING": str(tmp_path / "none")}, "cannot read"),
+    ):
+        with pytest.raises(ParamsError, match=reason):
+            read_settings(environment)
+    assert not read_settings({"RARESYNTH_SERVING_HOST": "0.0.0.0", "RARESYNTH_SERVING_KEYS_FILE": "keys"}).local
+
+
+# How work is shared out
+
+
+def gather(batcher: Batcher[int, int], items: Sequence[int]) -> list[int | BaseException]:
+    async def all_of_them() -> list[int | BaseException]:
+        return await asyncio.gather(*(batcher.submit(item) for item in items), return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def test_what_waits_goes_together() -> None:
+    told: list[int] = []
+    seen: list[list[int]] = []
+    entered = threading.Event()
+
+    def run(items: Sequence[int]) -> list[int]:
+        seen.append(list(items))
+        if items[0] == 0:
+            entered.wait(5)
+        return [-item for item in items]
+
+    async def scenario(batcher: Batcher[int, int]) -> list[int]:
+        first = asyncio.create_task(batcher.submit(0))
+        await asyncio.sleep(0.05)
+        others = [asyncio.create_task(batcher.submit(item)) for item in range(1, 8)]
+        await asyncio.sleep(0.05)
+        assert told[-1] == 7
+        others[2].cancel()  # its client went away
+        entered.set()
+        return [await first, *(await asyncio.gather(*others, return_exceptions=True))]
+
+    with ThreadPoolExecutor(1) as threads:
+        answers = asyncio.run(
+            scenario(Batcher(run, threads, max_batch=4, max_waiting=10, parallel=1, tell_waiting=told.append))
+        )
+    assert seen == [[0], [1, 2, 4, 5], [6, 7]] and told[-1] == 0
+    assert (
+        answers[:3] == [0, -1, -2]
+        and isinstance(answers[3], asyncio.CancelledError)
+        and answers[4:] == [-4, -5, -6, -7]
+    )
+
+
+def test_a_second_run_starts_beside_one_under_way_for_half_a_batch() -> None:
+    told: list[int] = []
+    began: list[list[int]] = []
+    go_on = threading.Event()
+
+    def run(items: Sequence[int]) -> list[int]:
+        began.append(list(items))
+        go_on.wait(5)
+        return list(items)
+
+    async def scenario(batcher: Batcher[int, int]) -> list[list[int]]:
+        asked = [asyncio.create_task(batcher.submit(0))]
+        await asyncio.sleep(0.05)
+        for item in (1, 2):
+            assert began == [[0]]
+            asked.append(asyncio.create_task(batcher.submit(item)))
+            await asyncio.sleep(0.05)
+        seen = list(began)
+        go_on.set()
+        await asyncio.gather(*asked)
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        assert asyncio.run(
+            scenario(Batcher(run, threads, max_batch=4, max_waiting=9, parallel=2, tell_waiting=told.append))
+        ) == [[0], [1, 2]]
+
+
+def test_too_many_are_refused_and_a_failed_batch_fails_alone() -> None:
+    told: list[int] = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        if 0 in items:
+            raise RuntimeError("broken")
+        return list(items)
+
+    with ThreadPoolExecutor(1) as threads:
+        answers = gather(
+            Batcher(run, threads, max_batch=2, max_waiting=4, parallel=1, tell_waiting=told.append), range(7)
+        )
+    assert isinstance(answers[0], RuntimeError)
+    assert answers[1:5] == [1, 2, 3, 4]
+    assert [error.code for error in answers[5:] if isinstance(error, ApiError)] == ["overloaded"] * 2
+
+
+# The front, before an app that does as it is told
+
+
+def asked(app: ASGIApp, settings: Settings, method: str, path: str, **options: object) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(app, settings), client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.request(method, path, **options)  # type: ignore[arg-type]
+
+    return asyncio.run(ask())
+
+
+def error_of(response: httpx.Response) -> str:
+    detail = response.json()["error"]
+    assert set(detail) == {"code", "message", "request_id"} and detail["message"]
+    assert detail["request_id"] == response.headers["x-request-id"]
+    assert CODES[detail["code"]][0] == response.status_code
+    return str(detail["code"])
+
+
+ORDER = {"json": {"label": "a", "n": 1}}
+
+
+def test_an_answer_that_takes_too_long_is_dropped() -> None:
+    ended: list[str] = []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append("dropped")
+
+    response = asked(slow, Settings(timeout_s=0.05), "POST", "/generate", **ORDER)
+    assert error_of(response) == "timeout" and ended == ["dropped"]
+
+
+def test_the_work_for_a_client_that_goes_away_is_dropped() -> None:
+    ended: list[str] = []
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append("dropped")
+
+    async def scenario() -> None:
+        messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"label": "a"}'}]
+
+        async def receive() -> dict[str, object]:
+            return messages.pop()  # type: ignore[return-value]
+
+        async def send(message: dict[str, object]) -> None:
+            ended.append("answered")
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "server": ("127.0.0.1", 1)}
+        await Front(slow, Settings())(scope, receive, send)  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert ended == ["dropped"]
+
+
+def test_errors_of_any_kind_come_in_one_format() -> None:
+    async def crashing(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("secret")
+
+    response = asked(crashing, Settings(), "POST", "/generate", **ORDER)
+    assert error_of(response) == "internal" and "secret" not in response.text
+    for status, code in ((400, "malformed"), (404, "not_found"), (500, "internal"), (503, "overloaded")):
+        response = asked(
+            JSONResponse({"error": "as BentoML says it"}, status), Settings(), "POST", "/generate", **ORDER
+        )
+        assert error_of(response) == code
+    assert asked(PlainTextResponse("x", 405), Settings(), "GET", "/model").json()["error"]["code"] == "method"
+    assert error_of(asked(PlainTextResponse("x"), Settings(), "GET", "/nowhere")) == "not_found"
+
+
+def test_ids_are_kept_if_they_are_plain() -> None:
+    good = asked(PlainTextResponse("x"), Settings(), "GET", "/model", headers={"X-Request-ID": "run-1.a"})
+    assert good.headers["x-request-id"] == "run-1.a"
+    bad = asked(PlainTextResponse("x"), Settings(), "GET", "/model", headers={"X-Request-ID": "a b<script>"})
+    assert bad.headers["x-request-id"].isalnum() and len(bad.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "served"),
+    [
+        ("http://127.0.0.1:3000", "127.0.0.1:3000", True),
+        ("http://127.0.0.1:3000", "localhost:3000", True),
+        ("http://[::1]:3000", "[::1]:3000", True),
+        ("http://10.0.0.1", "10.0.0.1", False),
+        ("http://10.0.0.1", "127.0.0.1", False),
+        ("http://127.0.0.1", "evil.example", False),
+        ("http://127.0.0.1", "127.0.0.1.evil.example", False),
+        ("http://127.0.0.1", "[", False),
+    ],
+)
+def test_without_keys_only_loopback_is_served(url: str, host: str, served: bool) -> None:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(PlainTextResponse("x"), Settings()))
+        async with httpx.AsyncClient(transport=transport, base_url=url) as client:
+            return await client.get("/model", headers={"Host": host})
+
+    response = asyncio.run(ask())
+    assert response.status_code == 200 if served else error_of(response) == "no_key"
+
+
+def test_the_key_goes_no_further_than_the_front() -> None:
+    seen: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(name for name, _ in scope["headers"])
+        await PlainTextResponse("x")(scope, receive, send)
+
+    asked(app, Settings(), "GET", "/model", headers={"Authorization": "Bearer secret"})
+    assert b"authorization" not in seen and b"host" in seen
+
+
+def test_what_a_task_does_after_its_answer_has_no_deadline_and_takes_no_place() -> None:
+    async def scenario() -> tuple[int, int]:
+        gone_on = asyncio.Event()
+
+        async def task(scope: Scope, receive: Receive, send: Send) -> None:
+            await JSONResponse({})(scope, receive, send)
+            await asyncio.sleep(0.2)
+            gone_on.set()
+
+        front = Front(task, Settings(timeout_s=0.05, max_requests=1))
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "server": ("127.0.0.1", 1)}
+        statuses = []
+
+        def client() -> Receive:
+            messages: list[dict[str, object]] = [{"type": "http.request", "body": b'{"label": "a"}'}]
+
+            async def receive() -> dict[str, object]:
+                if not messages:
+                    await asyncio.sleep(30)
+                return messages.pop()
+
+            return receive
+
+        async def send(message: dict[str, object]) -> None:
+            statuses.append(message.get("status"))
+
+        running = asyncio.create_task(front(scope, client(), send))  # type: ignore[arg-type]
+        await asyncio.sleep(0.02)
+        await front(scope, client(), send)  # type: ignore[arg-type]
+        await running
+        return statuses.count(200), gone_on.is_set()
+
+    assert asyncio.run(scenario()) == (2, True)
+
+
+def test_under_overload_the_answer_is_a_503_that_says_when_to_come_back() -> None:
+    async def scenario() -> list[httpx.Response]:
+        release = asyncio.Event()
+
+        async def busy(scope: Scope, receive: Receive, send: Send) -> None:
+            await release.wait()
+            await JSONResponse({})(scope, receive, send)
+
+        transport = httpx.ASGITransport(Front(busy, Settings(max_requests=3)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            asking = [asyncio.create_task(client.post("/generate", **ORDER)) for _ in range(5)]
+            await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.sleep(0.05)
+            release.set()
+            return [await task for task in asking]
+
+    responses = asyncio.run(scenario())
+    assert sorted(response.status_code for response in responses) == [200] * 3 + [503] * 2
+    for response in responses:
+        if response.status_code == 503:
+            assert error_of(response) == "overloaded" and int(response.headers["retry-after"]) >= 1
+
+
+def test_bodies_together_may_not_fill_the_memory() -> None:
+    async def scenario() -> list[int]:
+        front = Front(JSONResponse({}), Settings(max_buffered_mb=1, max_body_mb=1, body_timeout_s=0.2))
+        sent = {"host": "127.0.0.1", "content-type": "multipart/form-data; boundary=x", "content-length": "600000"}
+        headers = [(name.encode(), value.encode()) for name, value in sent.items()]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "server": ("127.0.0.1", 1)}
+        statuses: list[int] = []
+
+        async def never() -> dict[str, object]:
+            await asyncio.sleep(30)
+            raise AssertionError
+
+        async def send(message: dict[str, object]) -> None:
+            if "status" in message:
+                statuses.append(int(str(message["status"])))
+
+        await asyncio.gather(*(front(dict(scope), never, send) for _ in range(2)))  # type: ignore[arg-type]
+        await front(dict(scope), never, send)  # type: ignore[arg-type]
+        return statuses
+
+    # The first body never comes, and the second would not fit beside it; once it is given up, there is room again.
+    assert sorted(asyncio.run(scenario())) == [408, 408, 503]
+
+
+# What is documented
+
+
+def test_the_document_covers_every_route_and_only_routes_are_found() -> None:
+    document = openapi()
+    told = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert told == {(route.method, route.path) for route in ROUTES}
+    for route in ROUTES:
+        operation = document["paths"][route.path][route.method.lower()]
+        content = operation.get("requestBody", {}).get("content", {})
+        assert all("example" in kind for kind in content.values())
+        for kind in (content, operation["responses"]["200"]["content"]):
+            if "example" in (asked := kind.get("application/json", {})):
+                schema = {**asked["schema"], "components": document["components"]}
+                Draft202012Validator(schema).validate(asked["example"])
+    assert find_route("GET", "/generated/" + "a" * 32 + ".zip")[0] is not None
+    for path in ("/generated/../bundle.json", "/generated/.x.zip", "/docsXjson", "/predict/", "/generate_batch/cancel"):
+        assert find_route("GET", path) == (None, False)
+
+
+def test_importing_the_service_loads_no_models_and_no_torch() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'torchvision', 'timm', 'pandas', 'sklearn', 'scipy'):\n"
+        "    sys.modules[name] = None\n"
+        "import serving.service\n"
+        "print([name for name in ('onnxruntime', 'safetensors') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
