@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -316,6 +317,29 @@ def in_s3(s3: None, tmp_path_factory: pytest.TempPathFactory) -> Origin:
 
 
 @pytest.fixture(scope="module")
+def gcs(as_in_a_container: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server that speaks Google Cloud Storage's protocol, with one bucket, `images`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    emulator = Path(sys.executable).with_name("gcp-storage-emulator")
+    command = [emulator, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket=images"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        as_in_a_container.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield
+        server.terminate()
+
+
+@pytest.fixture(scope="module")
+def in_gcs(gcs: None, tmp_path_factory: pytest.TempPathFactory) -> Origin:
+    """Two versions of a small image set, their content in Google Cloud Storage's stand-in."""
+    return with_two_versions(tmp_path_factory.mktemp("in_gcs"), "gs://images/store")
+
+
+@pytest.fixture(scope="module")
 def in_git(tmp_path_factory: pytest.TempPathFactory) -> Origin:
     """An image set whose content git keeps too: the DVC remote lies in the repository."""
     origin = Origin(tmp_path_factory.mktemp("in_git"), "../store")
@@ -350,7 +374,7 @@ def content_of(report: FetchReport) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remote", ["in_folder", "in_s3"])
+@pytest.mark.parametrize("remote", ["in_folder", "in_s3", "in_gcs"])
 def test_each_revision_arrives_whole(remote: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     origin: Origin = request.getfixturevalue(remote)
     for revision, files in (("first", FIRST), ("main", SECOND)):
@@ -510,7 +534,7 @@ for _ in $(seq 1200); do [ $(wc -l < pushes) -ge 2 ] && exit 0; sleep 0.1; done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remote", ["in_s3", "in_git"])
+@pytest.mark.parametrize("remote", ["in_s3", "in_gcs", "in_git"])
 def test_two_who_publish_at_once(
     remote: str, approved: flow.Run, generated: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
