@@ -10,6 +10,8 @@ import argparse
 import platform
 import resource
 import time
+from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -83,20 +85,15 @@ def main() -> None:
     print(f"{platform.machine()}, {chip}, torch {torch.__version__}, {args.precision}\n")
     print("| preset | resolution | width | batch | G + D, M parameters | pretrain, images/s | finetune, images/s |")
     print("|---|---|---|---|---|---|---|")
-    for preset in args.preset or PRESETS:
-        for resolution in args.resolution or RESOLUTIONS:
-            config = GanConfig(
-                preset=preset, resolution=resolution, width=args.width, batch_size=args.batch_size,
-                precision=args.precision,
-            )  # fmt: skip
-            settings = resolve(config)
-            rates = [images_per_s(config, args.device, stage, args.seconds) for stage in (False, True)]
-            size = "{:.2f} + {:.2f}".format(*parameters(config))
-            print(
-                f"| {preset} | {resolution} | {settings.width} | {settings.batch_size} | {size} "
-                f"| {rates[0]:.0f} | {rates[1]:.0f} |",
-                flush=True,
-            )
+    for config in configs(args):
+        settings = resolve(config)
+        rates = [images_per_s(config, args.device, stage, args.seconds) for stage in (False, True)]
+        size = "{:.2f} + {:.2f}".format(*parameters(config))
+        print(
+            f"| {config.preset} | {config.resolution} | {settings.width} | {settings.batch_size} | {size} "
+            f"| {rates[0]:.0f} | {rates[1]:.0f} |",
+            flush=True,
+        )
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
     peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\npeak memory: {peak:,.0f} MB")
@@ -104,16 +101,22 @@ def main() -> None:
 
 def print_ranks(args: argparse.Namespace) -> None:
     """One figure for each preset and resolution."""
-    for preset in args.preset or PRESETS:
-        for resolution in args.resolution or RESOLUTIONS:
-            config = GanConfig(
-                preset=preset, resolution=resolution, width=args.width, batch_size=args.batch_size,
-                precision=args.precision,
-            )  # fmt: skip
-            rate = launch(args.ranks, of_ranks, (config, args.device, args.seconds))
-            print(
-                f"{preset}, {resolution}, batch {resolve(config).batch_size}, {args.ranks} ranks: {rate:.0f} images/s"
-            )
+    for config in configs(args):
+        rate = launch(args.ranks, of_ranks, (config, args.device, args.seconds))
+        what = f"{config.preset}, {config.resolution}, batch {resolve(config).batch_size}, {args.ranks} ranks"
+        print(f"{what}: {rate:.0f} images/s")
+
+
+def configs(args: argparse.Namespace) -> Iterator[GanConfig]:
+    """What is asked for, by preset and resolution."""
+    for preset, resolution in product(args.preset or PRESETS, args.resolution or RESOLUTIONS):
+        yield GanConfig(
+            preset=preset,
+            resolution=resolution,
+            width=args.width,
+            batch_size=args.batch_size,
+            precision=args.precision,
+        )
 
 
 if __name__ == "__main__":
