@@ -16,6 +16,7 @@ dies ends all, and the same command goes on from the last checkpoint, with as ma
 
 import logging
 import os
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -182,6 +183,7 @@ def launch(n: int, function: Callable[[Argument], Value], argument: Argument) ->
 
 
 def _as_rank(function: Callable[[Argument], Value], argument: Argument) -> Value:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # sent by Ctrl-C or, through torch, by the parent's end: no last words
     try:
         return function(argument)
     except (RaresynthError, OSError) as error:
