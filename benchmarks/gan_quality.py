@@ -4,8 +4,8 @@
 
 For every class, and for the set as a whole, raresynth's KID minus each other preset's, on the test split's reals and
 500 images a generator, none rejected. The 95 % interval takes in the reals (jackknife by lesion) and the seeds
-(Student's t, degrees of freedom after Welch and Satterthwaite). "At best" is half its width if seeds did not scatter: what
-no number of seeds can go below, since the reals stay as few as they are.
+(Student's t, degrees of freedom after Welch and Satterthwaite). "At best" is half its width if seeds did not scatter:
+no number of seeds can go below it, since the reals stay as few as they are.
 """
 
 import argparse
