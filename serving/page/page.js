@@ -3,7 +3,7 @@
 
 const MAX_FILES = 32;
 const AT_ONCE = 4; // uploads under way: enough to fill the service's batches, and far below its limits
-const BARS = 6; // probabilities in sight; the rest of a long list is folded away
+const BARS = 8; // probabilities in sight; the rest of a long list is folded away
 
 const $ = (id) => document.getElementById(id);
 let key = "";
@@ -55,12 +55,14 @@ function tell(alert, error = null) {
 // Numbers and words
 
 const number = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const thousandths = new Intl.NumberFormat("en", { minimumFractionDigits: 3, maximumFractionDigits: 3 });
 const percents = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const counts = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 const kilobytes = (bytes) => `${Math.max(1, Math.round(bytes / 1000)).toLocaleString("en")} kB`;
 const short = (value) => number.format(value);
+const decimal = (value) => thousandths.format(value);
 const percent = (share) => percents.format(share);
-const words = (name) => name.replaceAll("_", " ");
+const words = (name) => name.replaceAll("_", " ").replace(/auc|f1/, (letters) => letters.toUpperCase());
 
 /** A figure and, beneath it, its 95 % interval. */
 function figure(value, low, high, as = short) {
@@ -213,7 +215,7 @@ function showBatch(order, images, archive) {
   $("download").download = `synthetic-${order.label}-${order.seed}.zip`;
   $("download").textContent = `Download zip (${kilobytes(archive.byteLength)})`;
   $("batch").ariaBusy = "false";
-  $("order-status").textContent = `${counts(order.n, "image")} of ${order.label}, all synthetic.`;
+  $("order-status").textContent = `${counts(order.n, "image")} drawn; the zip holds these very files and their manifest.`;
 }
 
 function address(content, type) {
@@ -297,7 +299,7 @@ async function predictAll(files) {
   const { signal } = predicting;
   const waiting = files.slice(0, MAX_FILES).map((file) => ({ file, article: reservePrediction(file) }));
   const total = waiting.length;
-  let refused = 0;
+  let predicted = 0;
   const tooMany = new Refused(`of ${files.length} images the first ${total} are taken; choose the others afterwards`);
   tell($("predict-alert"), files.length > total ? tooMany : null);
   $("no-predictions").hidden = true;
@@ -305,12 +307,12 @@ async function predictAll(files) {
   $("predictions").replaceChildren(...waiting.map(({ article }) => article));
   $("predict-status").textContent = `Asking about ${counts(total, "image")}…`;
   const work = async () => {
-    for (let next; (next = waiting.shift()) && !signal.aborted; ) refused += !(await predictOne(next, signal));
+    for (let next; (next = waiting.shift()) && !signal.aborted; ) if (await predictOne(next, signal)) predicted++;
   };
   await Promise.all(Array.from({ length: AT_ONCE }, work));
   if (signal.aborted) return;
-  const failed = refused ? `, ${refused} refused` : "";
-  $("predict-status").textContent = `${counts(total - refused, "image")} predicted${failed}.`;
+  const failed = predicted < total ? `, ${total - predicted} failed` : "";
+  $("predict-status").textContent = `${counts(predicted, "image")} predicted${failed}.`;
 }
 
 function reservePrediction(file) {
@@ -347,8 +349,8 @@ function showPrediction(article, name, { label, probabilities, out_of_distributi
   article.querySelector(".body").append(
     make("p", { className: "verdict" }, `${label} ${percent(probabilities[label])}`),
     describeLikeness(likeness),
-    ...bars(Object.entries(probabilities).sort(([, one], [, other]) => other - one)),
   );
+  article.append(shares(Object.entries(probabilities).sort(([, one], [, other]) => other - one)));
   if (overlay === null) return;
   const bytes = Uint8Array.from(atob(overlay), (character) => character.charCodeAt(0));
   const source = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
@@ -365,14 +367,14 @@ function describeLikeness({ score, threshold, flagged }) {
   return make("p", { className: "likeness" }, `Not flagged as unlike the training images: ${figures}.`);
 }
 
-function bars(shares) {
-  const list = (some, label) => make("ol", { className: "bars", ariaLabel: label }, ...some.map(bar));
-  const parts = [list(shares.slice(0, BARS), "Calibrated probabilities")];
-  if (shares.length > BARS) {
-    const rest = list(shares.slice(BARS), "Further probabilities");
-    parts.push(make("details", {}, make("summary", {}, `${counts(shares.length - BARS, "more label")}`), rest));
+function shares(sorted) {
+  const bars = (some, label) => make("ol", { className: "bars", ariaLabel: label }, ...some.map(bar));
+  const all = make("div", { className: "shares" }, bars(sorted.slice(0, BARS), "Calibrated probabilities"));
+  if (sorted.length > BARS) {
+    const title = make("summary", {}, counts(sorted.length - BARS, "more label"));
+    all.append(make("details", {}, title, bars(sorted.slice(BARS), "Further probabilities")));
   }
-  return parts;
+  return all;
 }
 
 function bar([label, share]) {
@@ -446,7 +448,7 @@ function classTable() {
     const { train, val, test } = card.data.validation.classes?.[label] ?? {};
     const measured = ["recall", "auc", "f1"].map((name) => {
       const { value, low, high } = figures[label]?.[name] ?? {};
-      return value === undefined ? "–" : figure(value, low, high, name === "recall" ? percent : short);
+      return value === undefined ? "–" : figure(value, low, high, name === "recall" ? percent : decimal);
     });
     const judged = card.decisions.classes[label];
     const images = [train, val, test].map((n) => n ?? "–").join(" / ");
@@ -463,7 +465,7 @@ function classifierParts() {
   if (!card.classifier.test) return parts;
   const shares = ["accuracy", "balanced_accuracy", "calibration_error"];
   const rows = Object.entries(card.classifier.test).map(([name, { value, low, high }]) => {
-    const as = shares.includes(name) ? percent : short;
+    const as = shares.includes(name) ? percent : decimal;
     return [words(name), as(value), `${as(low)} to ${as(high)}`];
   });
   return [...parts, table("Classifier on test images", ["Figure", "Value", "95 % interval"], rows)];
@@ -498,7 +500,9 @@ function generatorFigures(quality) {
   if (fid) rows.push(["FID", short(fid.value), `${short(fid.floor)} (${fid.n_floor} images)`, "–", "–"]);
   const head = ["Figure", "Synthetic images", "Between halves of the reals", "Nearest other class", "Ratio"];
   const basis = `${counts(fakes, "synthetic image")} against ${counts(reals, "real image")} (${splits})`;
-  const hint = make("p", { className: "hint" }, `${basis}. Beneath a figure stands its 95 % interval.`);
+  const meaning =
+    "Ratio of FD and KID: 0 is as good as reals, 1 as far off as another class; of the others: 1 is as good as reals.";
+  const hint = make("p", { className: "hint" }, `${basis}. Beneath a figure stands its 95 % interval. ${meaning}`);
   return [table(`Figures of ${label}`, head, rows), hint];
 }
 
