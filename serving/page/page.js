@@ -169,11 +169,11 @@ async function draw(order) {
   const { signal } = drawing;
   tell($("order-alert"));
   $("order-status").textContent = `Drawing ${counts(order.n, "image")} of ${order.label}…`;
-  const images = reserve(order);
+  const frames = reserve(order);
   try {
     const headers = { "Content-Type": "application/json" };
     const response = await ask("generate", { method: "POST", headers, body: JSON.stringify(order), signal });
-    showBatch(order, images, await response.arrayBuffer());
+    showBatch(order, frames, await response.arrayBuffer());
   } catch (error) {
     if (signal.aborted) return;
     $("batch").hidden = true;
@@ -183,33 +183,34 @@ async function draw(order) {
   }
 }
 
-/** Put up the batch's tiles, still empty, so that nothing moves when the images come. */
+/** Put up the frames of a batch, still empty, so that nothing moves when the images come. */
 function reserve({ label, n, seed }) {
   shown.forEach(URL.revokeObjectURL);
   shown = [];
   $("batch-title").textContent = `${counts(n, "synthetic image")} of ${label}`;
   $("lineage").replaceChildren(...lineage({}));
   $("download").removeAttribute("href");
-  const images = Array.from({ length: n }, (_, index) =>
-    make("img", { alt: `synthetic ${label}, seed ${seed}, image ${index}`, width: 132, height: 132 }),
-  );
-  $("tiles").replaceChildren(...images.map((image, index) => tile(image, label, seed, index)));
+  const frames = Array.from({ length: n }, () => make("div", { className: "picture" }));
+  $("tiles").replaceChildren(...frames.map((frame, index) => tile(frame, label, seed, index)));
   $("batch").ariaBusy = "true";
   $("batch").hidden = false;
   $("no-batch").hidden = true;
-  return images;
+  return frames;
 }
 
-function tile(image, label, seed, index) {
+function tile(frame, label, seed, index) {
   const title = make("span", {}, `synthetic ${label}`);
   const caption = make("figcaption", { ariaHidden: "true" }, title, `seed ${seed}, image ${index}`); // the alt says it
-  return make("li", {}, make("figure", {}, image, caption));
+  return make("li", {}, make("figure", {}, frame, caption));
 }
 
-function showBatch(order, images, archive) {
+function showBatch(order, frames, archive) {
   const files = readArchive(archive);
   const manifest = JSON.parse(new TextDecoder().decode(files.get("manifest.json")));
-  for (const { index, path } of manifest.images) images[index].src = address([files.get(path)], "image/png");
+  for (const { index, path } of manifest.images) {
+    const alt = `synthetic ${order.label}, seed ${order.seed}, image ${index}`;
+    frames[index].append(make("img", { alt, src: address([files.get(path)], "image/png") }));
+  }
   $("lineage").replaceChildren(...lineage(manifest));
   $("download").href = address([archive], "application/zip");
   $("download").download = `synthetic-${order.label}-${order.seed}.zip`;
