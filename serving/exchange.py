@@ -16,8 +16,8 @@ from serving.errors import CODES, ApiError
 from serving.routes import Route
 
 SECURITY = {
-    # The page's own files, what it asks of this service, and images that it holds as blobs; nothing inline. Markup cannot
-    # be made from text either: labels and file names are data.
+    # The page's own files, what it asks of this service, and images that it holds as blobs; nothing inline, and no
+    # markup made from text: labels and file names are data.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",

@@ -9,6 +9,8 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -33,8 +35,8 @@ window.blobs = {};
 window.shift = 0;
 const create = URL.createObjectURL;
 URL.createObjectURL = (blob) => { const url = create(blob); blobs[url] = blob; return url; };
-new PerformanceObserver((list) => list.getEntries().forEach((entry) => { shift += entry.hadRecentInput ? 0 : entry.value; }))
-  .observe({ type: "layout-shift", buffered: true });
+const add = (entry) => { shift += entry.hadRecentInput ? 0 : entry.value; };
+new PerformanceObserver((list) => list.getEntries().forEach(add)).observe({ type: "layout-shift", buffered: true });
 """
 """Before the page's own script: what it holds as blobs, and how far its content jumped without anyone's doing."""
 STYLE = (ROOT / "serving" / "page" / "page.css").read_text()
@@ -153,8 +155,8 @@ def tab_to(page: Page, wanted: Locator) -> None:
 
 def blob(image: Locator, attribute: str = "src") -> bytes:
     """The bytes behind an image or a link of the page."""
-    read = "async (element, name) => btoa(String.fromCharCode(...new Uint8Array(await blobs[element[name]].arrayBuffer())))"
-    return base64.b64decode(image.evaluate(read, attribute))
+    read = "async (element, name) => [...new Uint8Array(await blobs[element[name]].arrayBuffer())]"
+    return bytes(image.evaluate(read, attribute))
 
 
 def choose(page: Page, files: dict[str, bytes]) -> None:
@@ -162,8 +164,12 @@ def choose(page: Page, files: dict[str, bytes]) -> None:
     page.get_by_label("Choose images").set_input_files(payloads)
 
 
+def percent(share: float) -> str:
+    return f"{(100 * Decimal(repr(share))).quantize(Decimal('0.1'), ROUND_HALF_UP)}%"
+
+
 def article(page: Page, name: str) -> Locator:
-    return page.get_by_role("article").filter(has=page.get_by_role("heading", name=name))
+    return page.get_by_role("article").filter(has=page.get_by_role("heading", name=name, exact=True))
 
 
 def draw(page: Page, n: int) -> None:
@@ -232,21 +238,23 @@ def test_a_class_without_a_generator_stands_there_with_the_reason(page: Page) ->
 def test_predictions_are_the_services_and_what_it_refuses_stands_in_its_words(
     page: Page, served: Served, client: httpx.Client, tiny_run: flow.Run
 ) -> None:
-    learned = (tiny_run.data_dir / "images").rglob("*.jpg") if (tiny_run.data_dir / "images").is_dir() else iter(())
-    candidates = [encoded(seed=1), *(path.read_bytes() for path in [*learned][:3])]
-    answers = [
-        client.post("/predict", files={"image": ("a.jpg", content)}, data={"overlay": "true"}).json()
-        for content in candidates
-    ]
-    choose(page, {"note.txt": b"no image", **{f"{i}.jpg": content for i, content in enumerate(candidates)}})
-    expect(page.get_by_role("status").filter(has_text=f"{len(candidates)} images predicted, 1 failed.")).to_be_visible()
-    for number, answer in enumerate(answers):
-        shown = article(page, f"{number}.jpg")
+    learned = tiny_run.data_dir / "images" / "skin-020.jpg"
+    files = {"learned.jpg": learned.read_bytes(), "other.jpg": encoded(seed=1), "another.jpg": encoded(seed=2)}
+    answers = {
+        name: client.post("/predict", files={"image": (name, content)}).json() for name, content in files.items()
+    }
+    choose(page, {"note.txt": b"no image", **files})
+    expect(page.get_by_role("status").filter(has_text="3 images predicted, 1 failed.")).to_be_visible()
+    for name, answer in answers.items():
+        shown = article(page, name)
         shares = sorted(answer["probabilities"].items(), key=lambda item: -item[1])
         bars = shown.get_by_role("list", name="Calibrated probabilities").get_by_role("listitem")
-        expect(bars).to_have_text([f"{' '.join(label.split())}{share:.1%}" for label, share in shares])
-        expect(shown).to_contain_text("Do not trust" if answer["out_of_distribution"]["flagged"] else "Not flagged as unlike")
-        expect(shown.get_by_role("img", name="preview of")).to_be_visible()
+        expect(bars).to_have_text([f"{' '.join(label.split())}{percent(share)}" for label, share in shares])
+        likeness = answer["out_of_distribution"]
+        assert likeness["flagged"] == (name != "learned.jpg")
+        expect(shown).to_contain_text("Unlike the training" if likeness["flagged"] else "Not flagged as unlike")
+        expect(shown).to_contain_text(re.compile(r"score [\d.,]+, threshold [\d.,]+[.]"))
+        expect(shown.get_by_role("img", name=f"preview of {name}")).to_be_visible()
     alert = article(page, "note.txt").get_by_role("alert")
     expect(alert).to_contain_text("the file is no JPEG, PNG or WebP image; send one of these")
     request = alert.inner_text().rpartition("request ")[2]
@@ -279,7 +287,9 @@ def test_images_can_be_dropped_and_pasted(page: Page, event: str) -> None:
     if event == "drop":
         page.dispatch_event("main", "drop", {"dataTransfer": files})
     else:
-        page.evaluate("(clipboardData) => document.dispatchEvent(new ClipboardEvent('paste', { clipboardData }))", files)
+        page.evaluate(
+            "(clipboardData) => document.dispatchEvent(new ClipboardEvent('paste', { clipboardData }))", files
+        )
     expect(page.get_by_role("status").filter(has_text="32 images predicted.")).to_be_visible()
     expect(page.get_by_role("article")).to_have_count(32)
     expect(page.get_by_role("alert").filter(has_text="of 34 images the first 32 are taken")).to_be_visible()
@@ -302,7 +312,9 @@ def test_a_key_is_asked_for_and_kept_nowhere(locked: Page, served: Served) -> No
     enter_key(locked, "key-of-all")
     expect(locked.get_by_role("button", name="Draw images")).to_be_visible()
     expect(locked.get_by_role("alert").filter(has_text="send an API key")).to_be_hidden()
-    kept = locked.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, history.state])")
+    kept = locked.evaluate(
+        "JSON.stringify([localStorage, sessionStorage, document.cookie, location.href, history.state])"
+    )
     assert "key-of" not in kept and "key-of" not in locked.content()
     assert locked.get_by_label("API key", exact=True).input_value() == ""
     assert "key-of" not in served.log.read_text()
@@ -333,7 +345,7 @@ def test_the_card_is_told_in_full(page: Page, client: httpx.Client) -> None:
     counted = card["data"]["validation"]["classes"][LABEL]
     expect(rows.filter(has_text=LABEL)).to_contain_text("{train} / {val} / {test}".format(**counted))
     balanced = card["classifier"]["test"]["balanced_accuracy"]["value"]
-    expect(region.get_by_role("row", name="balanced accuracy")).to_contain_text(f"{balanced:.1%}")
+    expect(region.get_by_role("row", name="balanced accuracy")).to_contain_text(percent(balanced))
     region.locator("summary").filter(has_text=LABEL).click()
     figures = region.get_by_role("region", name=f"Figures of {LABEL}").get_by_role("row")
     fd = card["generators"][LABEL]["quality"]["fd"]
@@ -362,7 +374,7 @@ def test_what_stands_on_the_page_has_names_and_an_order(page: Page) -> None:
         expect(page.get_by_role(landmark)).to_have_count(1)
     levels = [int(tag[1]) for tag in page.locator("h1, h2, h3, h4").evaluate_all("all => all.map((e) => e.tagName)")]
     assert levels.count(1) == 1 and levels[0] == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 @pytest.mark.parametrize("width", [320, 390])
@@ -373,11 +385,15 @@ def test_it_fits_a_phone(page: Page, width: int) -> None:
     expect(page.get_by_role("status").filter(has_text="1 image predicted.")).to_be_visible()
     page.locator("summary").filter(has_text=LABEL).click()
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    sizes = page.locator("main, header").locator("a, button, input, summary").evaluate_all(
-        """all => all.filter((element) => element.checkVisibility()).map((element) => {
+    sizes = (
+        page.locator("main, header")
+        .locator("a, button, input, summary")
+        .evaluate_all(
+            """all => all.filter((element) => element.checkVisibility()).map((element) => {
           const { width, height } = (element.closest("label") ?? element).getBoundingClientRect();
           return [element.outerHTML, width, height];
         })"""
+        )
     )
     assert len(sizes) > 12
     assert [size for size in sizes if min(size[1:]) < 43.9] == []
@@ -398,7 +414,10 @@ def test_text_can_be_told_from_its_ground(scheme: str) -> None:
         return (high + 0.05) / (low + 0.05)
 
     texts = [(text, ground) for text in ("ink", "muted", "accent") for ground in ("ground", "surface", "tint")]
-    pairs = [(name, f"{name}-ground") for name in ("good", "bad", "open")] + [("muted", "rule"), ("on-accent", "accent")]
+    pairs = [(name, f"{name}-ground") for name in ("good", "bad", "open")] + [
+        ("muted", "rule"),
+        ("on-accent", "accent"),
+    ]
     assert {pair: contrast(*pair) for pair in [*texts, *pairs] if contrast(*pair) < 4.5} == {}
     assert min(contrast("edge", "surface"), contrast("edge", "ground")) >= 3
 
@@ -415,6 +434,8 @@ def test_the_pages_files_are_known_by_their_content(served: Served) -> None:
             assert got.headers["etag"] == asked.headers["etag"] and got.headers["cache-control"] == "no-cache"
             again = anyone.get(path, headers={"If-None-Match": got.headers["etag"]})
             assert again.status_code == 304 and again.content == b""
+            policy = got.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "data:" not in policy
         assert anyone.get("/docs.json").headers["cache-control"] == "no-store"
 
 

@@ -119,6 +119,7 @@ function offerClasses() {
   $("truncation").placeholder = card.generators[accepted[0]]?.truncation ?? "";
   const none = accepted.length === 0;
   for (const control of $("order").elements) control.disabled ||= none;
+  $("no-batch").hidden = none;
   $("order-status").textContent = none ? "No generator was accepted; the reasons stand beside each class." : "";
 }
 
