@@ -25,7 +25,7 @@ class Refused extends Error {
   }
 }
 
-/** The service's answer; throws Refused with its words. */
+/** The service's answer; throws Refused with its words, or AbortError. */
 async function ask(path, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   let response;
@@ -42,9 +42,8 @@ async function ask(path, options = {}) {
   throw new Refused(message, { code, requestId: said.get("X-Request-ID"), retryAfter: said.get("Retry-After") });
 }
 
-/** Show an error in an alert, or clear it; what was broken off on purpose is no error. */
+/** Show an error in an alert, or clear it. */
 function tell(alert, error = null) {
-  if (error?.name === "AbortError") return;
   alert.replaceChildren();
   if (error === null) return;
   alert.append(error.message + (error.retryAfter ? ` (again in ${error.retryAfter} s)` : ""));
@@ -119,7 +118,7 @@ function offerClasses() {
   $("truncation").placeholder = card.generators[accepted[0]]?.truncation ?? "";
   const none = accepted.length === 0;
   for (const control of $("order").elements) control.disabled ||= none;
-  $("no-batch").hidden = none;
+  $("no-batch").hidden ||= none;
   $("order-status").textContent = none ? "No generator was accepted; the reasons stand beside each class." : "";
 }
 
@@ -217,7 +216,8 @@ function showBatch(order, frames, archive) {
   $("download").download = `synthetic-${order.label}-${order.seed}.zip`;
   $("download").textContent = `Download zip (${kilobytes(archive.byteLength)})`;
   $("batch").ariaBusy = "false";
-  $("order-status").textContent = `${counts(order.n, "image")} drawn; the zip holds these very files and their manifest.`;
+  const drawn = counts(order.n, "image");
+  $("order-status").textContent = `${drawn} drawn; the zip holds these very files and their manifest.`;
 }
 
 function address(content, type) {
@@ -489,7 +489,8 @@ function generatorFigures(quality) {
   };
   const proportion = (name) => {
     const measured = quality[name];
-    return [name, figure(measured.value, measured.low, measured.high), short(measured.real_real), "–", ratio(measured)];
+    const value = figure(measured.value, measured.low, measured.high);
+    return [name, value, short(measured.real_real), "–", ratio(measured)];
   };
   const rows = [
     distance("FD", quality.fd),
@@ -513,12 +514,12 @@ function data() {
   const { code_commit: commit, code_dirty: dirty } = card.data;
   const dropped = Object.keys(validation.dropped_classes ?? {});
   const passed = validation.passed ? "passed" : "not passed";
-  const left = make("small", {}, dropped.length ? `left out as too small: ${dropped.join(", ")}` : "no class was left out");
+  const left = dropped.length ? `left out as too small: ${dropped.join(", ")}` : "no class was left out";
   return facts([
-    ["Validation", passed, left],
+    ["Validation", passed, make("small", {}, left)],
     ["Data version", make("code", {}, version)],
     ["Manifest", make("code", {}, manifest)],
-    ["Code", make("code", {}, commit ?? "unknown"), dirty ? make("small", {}, "with changes that were not committed") : ""],
+    ["Code", make("code", {}, commit ?? "unknown"), make("small", {}, dirty ? "with changes not committed" : "")],
   ]);
 }
 
