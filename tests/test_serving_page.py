@@ -308,6 +308,7 @@ def test_a_service_that_cannot_be_reached_is_told(page: Page) -> None:
 def test_a_key_is_asked_for_and_kept_nowhere(locked: Page, served: Served) -> None:
     expect(locked.get_by_role("button", name="Draw images")).to_be_hidden()
     enter_key(locked, "key-of-nobody")
+    expect(locked.get_by_role("status").filter(has_text="does not know this key")).to_be_visible()
     expect(locked.get_by_role("alert").filter(has_text="send an API key")).to_contain_text("request ")
     enter_key(locked, "key-of-all")
     expect(locked.get_by_role("button", name="Draw images")).to_be_visible()

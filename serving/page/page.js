@@ -98,7 +98,8 @@ async function open() {
     if (needsKey) key = "";
     $("access").hidden = !needsKey && !asked;
     $("work").hidden = true;
-    $("key-status").textContent = needsKey && !asked ? "This service answers to those who have an API key." : "";
+    const missing = asked ? "The service does not know this key." : "This service answers to those who have a key.";
+    $("key-status").textContent = needsKey ? missing : "";
     if (!needsKey || asked) tell(needsKey ? $("key-alert") : $("card-alert"), error);
     return false;
   }
