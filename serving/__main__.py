@@ -9,6 +9,8 @@ from raresynth.errors import RaresynthError, describe
 from serving.settings import PREFIX, Settings, read_settings
 
 ROOT = Path(__file__).parents[1]
+KEEP_ALIVE_S = 75
+"""Time that an idle connection stays open: longer than proxies keep theirs, which may else ask on one as it closes."""
 
 
 def main() -> int:
@@ -40,6 +42,7 @@ def _serve(settings: Settings, work_dir: Path) -> int:
     print(f"raresynth at http://{host}:{settings.port}/ serves {settings.bundle}; Ctrl-C ends it", flush=True)
     arguments = ["serve", "serving.service:Raresynth", "--host", settings.host, "--port", str(settings.port)]
     arguments += ["--working-dir", str(ROOT), "--timeout-graceful-shutdown", str(settings.drain_s)]
+    arguments += ["--timeout-keep-alive", str(KEEP_ALIVE_S)]
     cli.main(arguments, prog_name="bentoml", standalone_mode=False)
     return 0
 
