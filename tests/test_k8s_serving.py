@@ -4,6 +4,7 @@ import copy
 import hashlib
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 from kubernetes_schema import Document, build, check, of_kind, selects
 from prometheus_client import REGISTRY
 from serving_images import encoded
-from serving_process import serving
+from serving_process import environment as environment_of_tests
+from serving_process import free_port, start, wait_until_ready
 
 from raresynth.errors import CheckpointError
 from serving import metrics
@@ -154,7 +156,9 @@ def test_everything_that_selects_pods_selects_these(documents: list[Document]) -
     assert selects({"matchLabels": service["spec"]["selector"]}, labels)
     assert [port["targetPort"] for port in service["spec"]["ports"]] == ["http"]
     assert selects(of_kind(documents, "NetworkPolicy")[NAME]["spec"]["podSelector"], labels)
-    assert labels["app.kubernetes.io/name"] == NAME and not selects({"matchLabels": labels}, publishing()["metadata"])
+    assert labels["app.kubernetes.io/name"] == NAME and not selects(
+        {"matchLabels": {"app.kubernetes.io/name": NAME}}, publishing()["metadata"]["labels"]
+    )
 
 
 def test_pods_are_asked_by_two_and_ask_nobody(documents: list[Document]) -> None:
@@ -224,7 +228,9 @@ def test_pods_have_the_memory_and_disk_that_the_limits_allow(documents: list[Doc
     assert n_bytes(resources["requests"]["memory"]) >= 600e6
     decoded = found.threads * found.max_megapixels * 3e6
     assert n_bytes(resources["limits"]["memory"]) >= 600e6 + found.max_buffered_mb * 1e6 + decoded
-    sizes = {volume["name"]: n_bytes(volume["emptyDir"]["sizeLimit"]) for volume in spec["volumes"] if "emptyDir" in volume}
+    sizes = {
+        volume["name"]: n_bytes(volume["emptyDir"]["sizeLimit"]) for volume in spec["volumes"] if "emptyDir" in volume
+    }
     assert sizes["work"] >= (found.kept_results + 1) * 10_000 * 128 * 128 * 3
     assert n_bytes(resources["limits"]["ephemeral-storage"]) >= sum(sizes.values())
 
@@ -275,7 +281,9 @@ def test_the_ingress_lets_through_what_the_service_takes(production: list[Docume
             if "upstream-hash-by" in notes:
                 hashed.add(path["path"])
     # What a pod keeps to itself.
-    own = {"/" + route.path.split("/")[1] for route in ROUTES if route.path.startswith(("/generate_batch", "/generated"))}
+    own = {
+        "/" + route.path.split("/")[1] for route in ROUTES if route.path.startswith(("/generate_batch", "/generated"))
+    }
     assert hashed == own
 
 
@@ -328,18 +336,24 @@ def test_the_service_starts_as_the_deployment_starts_it(accepted_bundle: Path, t
     sha256 = publish(accepted_bundle, tmp_path / "bundles")
     documents = pin(tmp_path / "serving", sha256)
     key = {"someone": {"sha256": hashlib.sha256(b"key").hexdigest(), "scopes": ["predict"]}}
-    for name, content in (("settings/settings.yaml", settings_file(documents)), ("keys/keys.yaml", yaml.safe_dump(key))):
+    for name, content in (
+        ("settings/settings.yaml", settings_file(documents)),
+        ("keys/keys.yaml", yaml.safe_dump(key)),
+    ):
         path = tmp_path / name
         path.parent.mkdir()
         path.write_text(content)
-    values = {
-        name.removeprefix("RARESYNTH_SERVING_").lower(): f"{tmp_path}{value}" if value.startswith("/") else value
-        for name, value in environment(documents).items()
+    variables = {
+        name: f"{tmp_path}{value}" if value.startswith("/") else value for name, value in environment(documents).items()
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RARESYNTH_SERVING", values.pop("raresynth_serving"))
-        with serving(tmp_path / "log", **values, linger_s=0) as served:
-            headers = {"Authorization": "Bearer key"}
-            answer = httpx.post(f"{served.url}/predict", headers=headers, files={"image": ("a.jpg", encoded())})
-            assert answer.json()["versions"]["bundle"] == sha256
-            assert httpx.post(f"{served.url}/generate", headers=headers, json={"label": "vascular"}).status_code == 403
+    served = start(tmp_path / "log", environment_of_tests(port=free_port(), linger_s=0) | variables)
+    try:
+        wait_until_ready(served)
+        headers = {"Authorization": "Bearer key"}
+        answer = httpx.post(f"{served.url}/predict", headers=headers, files={"image": ("a.jpg", encoded())})
+        assert answer.json()["versions"]["bundle"] == sha256
+        assert httpx.post(f"{served.url}/predict", files={"image": ("a.jpg", encoded())}).status_code == 401
+    finally:
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(30) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"bundles", "serving", "settings", "keys", "log", "work"}

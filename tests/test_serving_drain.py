@@ -6,8 +6,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -20,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving_images import encoded
-from serving_process import ROOT, Served, environment, free_port, wait_until_ready
+from serving_process import Served, environment, free_port, start, wait_until_ready
 
 from raresynth.bundle.contents import open_bundle, write_bundle_json
 from raresynth.bundle.predictor import Predictor
@@ -44,20 +42,11 @@ class Cluster:
 
     def start(self, bundle: Path, **settings: object) -> Served:
         """Start a pod; it is sent to once it is ready."""
-        port, number = free_port(), len(self.pods)
-        pinned = {"bundle": bundle, "bundle_sha256": sha256_file(bundle / "bundle.json"), "port": port}
-        variables = environment(**pinned | SETTINGS | {"work_dir": self.folder / f"work{number}"} | settings)
-        log = self.folder / f"log{number}"
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "serving"],
-                env=variables | {"BENTOML_CONTAINERIZED": "true"},
-                cwd=ROOT,
-                stdout=out,
-                stderr=out,
-                text=True,
-            )
-        pod = Served(f"http://127.0.0.1:{port}", port, process, log)
+        number = len(self.pods)
+        pinned = {"bundle": bundle, "bundle_sha256": sha256_file(bundle / "bundle.json")}
+        own = {"port": free_port(), "work_dir": self.folder / f"work{number}"}
+        variables = environment(**SETTINGS | pinned | own | settings) | {"BENTOML_CONTAINERIZED": "true"}
+        pod = start(self.folder / f"log{number}", variables)
         self.pods.append(pod)
         wait_until_ready(pod)
         self.endpoints = [*self.endpoints, pod.url]
@@ -77,10 +66,11 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        for pod in cluster.pods:
-            if pod.process.poll() is None:
-                pod.process.send_signal(signal.SIGINT)
-                pod.process.wait(30)
+        left = [pod.process for pod in cluster.pods if pod.process.poll() is None]
+        for process in left:
+            process.send_signal(signal.SIGTERM)
+        for process in left:
+            process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +144,9 @@ def test_pods_are_replaced_by_those_of_another_bundle_and_no_request_is_lost(
     pods = [cluster.start(accepted_bundle) for _ in range(2)]
     with load(cluster) as clients:
         time.sleep(1)
+        with pytest.raises(AssertionError, match="cannot serve: .* is another bundle than the one to be served"):
+            cluster.start(other_bundle, bundle_sha256="0" * 64)
+        assert cluster.pods[-1].process.returncode == 2
         for pod in pods:
             cluster.start(other_bundle)
             cluster.stop(pod)
@@ -178,7 +171,9 @@ def begin_upload(pod: Served, content_length: int, boundary: str) -> socket.sock
 @pytest.mark.slow
 def test_what_is_under_way_ends_and_nothing_new_is_promised(cluster: Cluster, accepted_bundle: Path) -> None:
     pod = cluster.start(accepted_bundle, drain_s=30)
-    body = httpx.Request("POST", pod.url, files=IMAGE, headers={"Content-Type": "multipart/form-data; boundary=x"}).read()
+    body = httpx.Request(
+        "POST", pod.url, files=IMAGE, headers={"Content-Type": "multipart/form-data; boundary=x"}
+    ).read()
     upload = begin_upload(pod, len(body), "x")
     upload.sendall(body[:100])
     with httpx.Client(base_url=pod.url) as connection:
