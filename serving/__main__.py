@@ -1,6 +1,7 @@
 """`python -m serving`: one BentoML server over an approved bundle, in the foreground, until Ctrl-C or SIGTERM."""
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ KEEP_ALIVE_S = 75
 
 def main() -> int:
     """Serve what the settings name."""
+    # The server takes the signal over once it runs; until then process 1 of a container would not hear it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         settings = read_settings()
         if settings.work_dir is not None:

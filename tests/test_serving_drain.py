@@ -197,3 +197,15 @@ def test_what_is_under_way_ends_and_nothing_new_is_promised(cluster: Cluster, ac
     assert pod.process.wait(5) == 0, pod.log.read_text()
     assert not list(pod.log.parent.glob("work0/generated/*"))
     assert "Traceback" not in pod.log.read_text()
+
+
+def test_a_pod_that_is_still_starting_goes_at_once(accepted_bundle: Path, tmp_path: Path) -> None:
+    pod = start(tmp_path / "log", environment(bundle=accepted_bundle, port=free_port(), **SETTINGS))
+    try:
+        while "raresynth at http" not in pod.log.read_text():
+            assert pod.process.poll() is None, pod.log.read_text()
+            time.sleep(0.01)
+        pod.process.send_signal(signal.SIGTERM)
+        assert pod.process.wait(LINGER_S) == 0
+    finally:
+        pod.process.kill()
