@@ -144,7 +144,7 @@ def test_pods_are_replaced_by_those_of_another_bundle_and_no_request_is_lost(
     pods = [cluster.start(accepted_bundle) for _ in range(2)]
     with load(cluster) as clients:
         time.sleep(1)
-        with pytest.raises(AssertionError, match="cannot serve: .* is another bundle than the one to be served"):
+        with pytest.raises(AssertionError, match=r"cannot serve: .* is another bundle than the one to be served"):
             cluster.start(other_bundle, bundle_sha256="0" * 64)
         assert cluster.pods[-1].process.returncode == 2
         for pod in pods:
