@@ -1,6 +1,7 @@
 """`python -m serving`: one BentoML server over an approved bundle, in the foreground, until Ctrl-C or SIGTERM."""
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -9,10 +10,14 @@ from raresynth.errors import RaresynthError, describe
 from serving.settings import PREFIX, Settings, read_settings
 
 ROOT = Path(__file__).parents[1]
+KEEP_ALIVE_S = 75
+"""Time that an idle connection stays open: longer than proxies keep theirs, which may else ask on one as it closes."""
 
 
 def main() -> int:
     """Serve what the settings name."""
+    # The server takes the signal over once it runs; until then process 1 of a container would not hear it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         settings = read_settings()
         if settings.work_dir is not None:
@@ -40,6 +45,7 @@ def _serve(settings: Settings, work_dir: Path) -> int:
     print(f"raresynth at http://{host}:{settings.port}/ serves {settings.bundle}; Ctrl-C ends it", flush=True)
     arguments = ["serve", "serving.service:Raresynth", "--host", settings.host, "--port", str(settings.port)]
     arguments += ["--working-dir", str(ROOT), "--timeout-graceful-shutdown", str(settings.drain_s)]
+    arguments += ["--timeout-keep-alive", str(KEEP_ALIVE_S)]
     cli.main(arguments, prog_name="bentoml", standalone_mode=False)
     return 0
 

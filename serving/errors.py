@@ -46,6 +46,7 @@ CODES: dict[str, tuple[int, str]] = {
     "rate": (429, "the key's rate is used up"),
     "internal": (500, "the service failed"),
     "overloaded": (503, "too many requests wait already"),
+    "stopping": (503, "the service is going down"),
     "no_space": (507, "the service's disk is full"),
     "timeout": (504, "the work took too long and was dropped"),
 }

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import Message, Send
 
 from serving import metrics
+from serving.drain import Drain
 from serving.errors import CODES, ApiError
 from serving.routes import Route
 
@@ -45,8 +46,8 @@ class Exchange:
     deadline: asyncio.Timeout | None = None
     ended = False
 
-    def __init__(self, route: Route | None, send: Send, headers: Headers) -> None:
-        self.route, self._send, self.headers = route, send, headers
+    def __init__(self, route: Route | None, send: Send, headers: Headers, drain: Drain) -> None:
+        self.route, self._send, self.headers, self._drain = route, send, headers, drain
         asked = headers.get("x-request-id", "")
         self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         self.client, self.status = "-", 0
@@ -104,6 +105,8 @@ class Exchange:
         headers["X-Request-ID"] = self.request_id
         headers.update(SECURITY)
         headers.setdefault("Cache-Control", "no-store")
+        if self._drain.begun:
+            headers["Connection"] = "close"
         del headers["server"]
         await self._send({**start, "headers": headers.raw})
         if self.route and self.route.body is None:

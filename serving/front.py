@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import metrics
+from serving.drain import Drain
 from serving.errors import ApiError
 from serving.exchange import RETRY_S, Exchange, log
 from serving.keys import Keys
@@ -25,6 +26,8 @@ from serving.routes import Route, find_route
 from serving.settings import Settings
 
 _LARGEST_JSON = 16_384
+_NOT_WHEN_STOPPING = ("/readyz", "/generate_batch/submit")
+"""What says no from SIGTERM on; nobody could fetch the archive of a batch."""
 _DISCARD_BYTES, _DISCARD_S = 1_000_000, 1.0
 
 
@@ -35,16 +38,23 @@ class Gone(Exception):
 class Front:
     """ASGI middleware around the whole service."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        drain: Drain | None = None,
+    ) -> None:
         """Stand before an app.
 
         Args:
             clock: of the rate limit.
+            drain: told of SIGTERM once the server has started; a new one if there is none.
 
         Raises:
             ParamsError: the file of keys cannot be used.
         """
-        self._app, self._settings = app, settings
+        self._app, self._settings, self._drain = app, settings, drain or Drain()
         self._keys = Keys(settings.keys_file) if settings.keys_file else None
         log.setLevel(logging.INFO)  # BentoML shows warnings alone
         self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
@@ -52,16 +62,19 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            self._drain.watch(self._settings.linger_s)
             await self._app(scope, receive, send)
             return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         route, known = find_route(scope["method"], scope["path"])
-        exchange = Exchange(route, send, Headers(scope=scope))
+        exchange = Exchange(route, send, Headers(scope=scope), self._drain)
         try:
             if route is None:
                 raise _no_route(scope, known)
+            if self._drain.begun and route.path in _NOT_WHEN_STOPPING:
+                raise ApiError("stopping", "the service is going down; ask another one, or again", RETRY_S)
             self._admit(route, exchange, scope)
             await self._answer(route, exchange, scope, receive)
         except ApiError as error:

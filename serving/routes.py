@@ -98,7 +98,7 @@ ROUTES = (
         "generate",
         TaskStatus,
         LargeOrder,
-        errors=("too_large",),
+        errors=("too_large", "stopping"),
         example={**_ORDER, "n": 10_000},
         answer_example=_TASK,
     ),
@@ -144,7 +144,7 @@ ROUTES = (
     Route("GET", "/docs.json", "This document", "public"),
     Route("GET", "/schema.json", "Routes as bentoml.SyncHTTPClient reads them", "public"),
     Route("GET", "/livez", "200 while the process works", "public", "text/plain"),
-    Route("GET", "/readyz", "200 while requests are taken", "public", "text/plain"),
+    Route("GET", "/readyz", "200 while requests should be sent", "public", "text/plain", errors=("stopping",)),
     Route("GET", "/metrics", "Metrics for Prometheus", "admin", "text/plain"),
 )
 

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from serving.answers import BatchPredictions, BatchResult, Prediction
 from serving.approval import open_approved
+from serving.drain import Drain
 from serving.errors import answered
 from serving.front import Front
 from serving.pages import pages
@@ -18,6 +19,7 @@ from serving.settings import read_settings
 
 Zip = Annotated[Path, ContentType("application/zip")]
 READ_ONLY = pages()
+DRAIN = Drain()
 
 
 class Guarded(bentoml.Service):
@@ -31,7 +33,7 @@ class Guarded(bentoml.Service):
             **self.config.get("traffic", {}),
             "timeout": settings.timeout_s + settings.body_timeout_s,
         }
-        return Front(super().to_asgi(is_main), settings)
+        return Front(super().to_asgi(is_main), settings, drain=DRAIN)
 
 
 @bentoml.service(
@@ -57,6 +59,7 @@ class Raresynth:
         READ_ONLY.state.results_dir = settings.results_dir()
         self._classification = Classification(models, settings)
         self._generation = Generation(models, settings, READ_ONLY.state.results_dir)
+        DRAIN.at_once(self._generation.stop)  # the batches that nobody will be able to fetch
 
     @bentoml.on_deployment
     @staticmethod
@@ -64,11 +67,6 @@ class Raresynth:
         """Before there is a worker that would die of it."""
         settings = read_settings()
         open_approved(settings.bundle, settings.bundle_sha256)
-
-    @bentoml.on_shutdown
-    def stop(self) -> None:
-        """Drop the batches that nobody can fetch any more."""
-        self._generation.stop()
 
     @bentoml.api(input_spec=Image)
     @answered

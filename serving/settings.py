@@ -64,8 +64,11 @@ class Settings(BaseModel):
     """Time for a client to send its body; then the answer is 408."""
     timeout_s: Seconds = 30.0
     """Time for an answer once the body is there; then the work is dropped and the answer is 504."""
+    linger_s: Annotated[float, Field(ge=0)] = 0.0
+    """Time after SIGTERM in which requests are still taken, each answer closing its connection: as long as it takes
+    until nobody is sent here any more; 0 where nothing spreads the requests."""
     drain_s: Count = 20
-    """Time for requests to end after SIGTERM; below the pod's own grace period."""
+    """Time for requests to end after that; with `linger_s` below the pod's own grace period."""
 
     requests_per_minute: Annotated[float, Field(gt=0)] = 600.0
     """Rate that each key may keep up."""

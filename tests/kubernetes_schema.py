@@ -39,6 +39,21 @@ def build(overlay: Path) -> list[Document]:
     return list(yaml.safe_load_all(built.stdout))
 
 
+def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:
+    """The documents of a kind, by name."""
+    return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
+
+
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    """Whether a label selector selects what carries the labels."""
+    wanted = selector.get("matchLabels", {})
+    rules = selector.get("matchExpressions", [])
+    assert {rule["operator"] for rule in rules} <= {"Exists", "In"}
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        rule["key"] in labels and labels[rule["key"]] in rule.get("values", [labels[rule["key"]]]) for rule in rules
+    )
+
+
 def check(documents: list[Document], schemas: Path = SCHEMAS) -> None:
     """Hold every document against the schema of its kind and every image against moving tags.
 

@@ -47,23 +47,26 @@ def environment(**settings: object) -> dict[str, str]:
 @contextmanager
 def serving(log: Path, **settings: object) -> Iterator[Served]:
     """Start the service and wait until it is ready; ended by Ctrl-C's signal, after which no process may be left."""
-    port = free_port()
-    command = [sys.executable, "-P", "-m", "serving"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, env=environment(port=port, **settings), cwd=ROOT, stdout=out, stderr=out, text=True
-        )
-    served = Served(f"http://127.0.0.1:{port}", port, process, log)
+    served = start(log, environment(port=free_port(), **settings))
     try:
         wait_until_ready(served)
         yield served
     finally:
-        process.send_signal(signal.SIGINT)
+        served.process.send_signal(signal.SIGINT)
         try:
-            process.wait(30)
+            served.process.wait(30)
         except subprocess.TimeoutExpired:
-            process.kill()
+            served.process.kill()
             raise
+
+
+def start(log: Path, variables: dict[str, str]) -> Served:
+    """Start the service with an environment, and leave it to itself."""
+    command = [sys.executable, "-P", "-m", "serving"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=out, stderr=out, text=True)
+    port = int(variables["RARESYNTH_SERVING_PORT"])
+    return Served(f"http://127.0.0.1:{port}", port, process, log)
 
 
 def wait_until_ready(served: Served) -> None:

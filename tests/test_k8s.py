@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from kubernetes_schema import Document, ManifestError, build, check
+from kubernetes_schema import Document, ManifestError, build, check, of_kind, selects
 
 PIPELINE = Path(__file__).parents[1] / "k8s/pipeline"
 NAMESPACES = {"local": "kubeflow", "production": "raresynth"}
@@ -30,10 +30,6 @@ def overlay(request: pytest.FixtureRequest, overlays: dict[str, list[Document]])
 @pytest.fixture(scope="module")
 def production(overlays: dict[str, list[Document]]) -> list[Document]:
     return overlays["production"]
-
-
-def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:
-    return {document["metadata"]["name"]: document for document in documents if document["kind"] == kind}
 
 
 def test_every_overlay_is_known_here() -> None:
@@ -179,16 +175,6 @@ def test_the_account_may_do_what_a_run_needs_and_no_more(overlay: tuple[str, lis
 def test_no_secret_is_in_the_files(overlay: tuple[str, list[Document]]) -> None:
     _, documents = overlay
     assert "Secret" not in {document["kind"] for document in documents}
-
-
-def selects(selector: Document, labels: dict[str, str]) -> bool:
-    """Whether a label selector selects what carries the labels."""
-    wanted = selector.get("matchLabels", {})
-    rules = selector.get("matchExpressions", [])
-    assert {rule["operator"] for rule in rules} <= {"Exists", "In"}
-    return all(labels.get(key) == value for key, value in wanted.items()) and all(
-        rule["key"] in labels and labels[rule["key"]] in rule.get("values", [labels[rule["key"]]]) for rule in rules
-    )
 
 
 def reached(documents: list[Document], labels: dict[str, str]) -> set[Peer] | None:
