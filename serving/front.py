@@ -49,6 +49,7 @@ class Front:
         log.setLevel(logging.INFO)  # BentoML shows warnings alone
         self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
         self._running, self._buffered = 0, 0
+        self._worker = metrics.Worker(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -93,6 +94,8 @@ class Front:
 
     async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"authorization"]}
+        if route.path == "/metrics":
+            self._worker.tell_use()
         if route.body is None:
             await self._run(exchange, scope, receive)
             return
@@ -101,7 +104,7 @@ class Front:
         reserved = self._reserve(route, exchange.headers)
         try:
             body = await self._read(receive, reserved)
-            exchange.body_is_read = True
+            exchange.take_body()
             scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
             await self._counted(exchange, scope, body, receive)
         finally:
