@@ -21,7 +21,7 @@ from serving.exchange import RETRY_S, Exchange, log
 from serving.keys import Keys
 from serving.rate import RateLimit
 from serving.requests import PARSED, parse
-from serving.routes import Route, find_route
+from serving.routes import ASKED_PATH, Route, find_route
 from serving.settings import Settings
 
 _LARGEST_JSON = 16_384
@@ -93,7 +93,8 @@ class Front:
             raise ApiError("rate", "this key's rate is used up; wait", wait)
 
     async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
-        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"authorization"]}
+        headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
+        scope = {**scope, "headers": headers, "path": route.path, ASKED_PATH: scope["path"]}
         if route.path == "/metrics":
             self._worker.tell_use()
         if route.body is None:
