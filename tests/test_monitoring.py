@@ -1,5 +1,6 @@
 """What watches the service: Debian's own Prometheus beside the running service, and its rules by promtool."""
 
+import asyncio
 import copy
 import hashlib
 import io
@@ -11,8 +12,8 @@ import signal
 import subprocess
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,17 @@ import httpx
 import pytest
 import yaml
 from kubernetes_schema import Document, ManifestError, build, check
+from prometheus_client import REGISTRY
 from serving_images import bad_uploads, encoded
 from serving_process import ROOT, Served, free_port, serving
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
+from serving import metrics
+from serving.errors import CODES, ApiError
+from serving.front import Front
 from serving.routes import ROUTES
+from serving.settings import Settings
 
 MONITORING = ROOT / "k8s/serving/monitoring"
 NAMESPACE, POD, LABEL, KEY = "raresynth", "raresynth-serving-0", "vascular", "key-of-prometheus"
@@ -215,15 +223,82 @@ def test_the_dashboards_sidecar_finds_it(documents: dict[str, Document], dashboa
 
 
 def test_every_metric_of_the_service_is_shown_or_watched(rules: Path, dashboard: dict[str, Any]) -> None:
-    from prometheus_client import REGISTRY
-
-    import serving.metrics
-
-    assert serving.metrics
     used = " ".join([*expressions(dashboard).values(), rules.read_text()])
-    metrics = {family.name for family in REGISTRY.collect() if family.name.startswith("raresynth_")}
-    assert len(metrics) > 20
-    assert {name for name in metrics if not re.search(rf"\b{name}(_total|_bucket|_sum|_count)?\b", used)} == set()
+    names = {family.name for family in REGISTRY.collect() if family.name.startswith("raresynth_")}
+    assert len(names) > 20
+    assert {name for name in names if not re.search(rf"\b{name}(_total|_bucket|_sum|_count)?\b", used)} == set()
+
+
+# What the service counts
+
+
+def sample(name: str, **labels: str) -> float:
+    value = REGISTRY.get_sample_value(f"raresynth_{name}", labels)
+    assert value is not None, (name, labels)
+    return value
+
+
+def test_a_slow_client_does_not_make_the_service_slow() -> None:
+    async def slow_body() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.3)
+        yield b'{"label": "a", "n": 1}'
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.05)
+        await PlainTextResponse("x")(scope, receive, send)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(app, Settings()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            headers = {"Content-Type": "application/json"}
+            return await client.post("/generate", content=slow_body(), headers=headers)
+
+    Front(app, Settings())  # creates the series
+    before = sample("request_seconds_sum", path="/generate")
+    assert asyncio.run(ask()).status_code == 200
+    assert 0.05 <= sample("request_seconds_sum", path="/generate") - before < 0.25
+
+
+def test_what_alerts_rest_on_is_there_before_anything_happens() -> None:
+    metrics.in_flight.set(9)  # as a worker left it that died
+    metrics.Worker(Settings(max_requests=7, max_waiting=8, max_tasks=2))
+    assert (sample("requests_in_flight"), sample("requests_limit")) == (0, 7)
+    assert (sample("queue_images"), sample("queue_images_limit")) == (0, 8)
+    assert (sample("tasks_in_flight"), sample("tasks_limit")) == (0, 2)
+    for route in ROUTES:
+        for status in ("200", "429", "500", "503", "504", "507"):
+            assert sample("requests_total", path=route.path, status=status) >= 0
+    for code in CODES:
+        assert sample("rejected_total", reason=code) >= 0
+
+
+def test_the_workers_own_use_is_told_anew_each_time() -> None:
+    worker = metrics.Worker(Settings())
+    worker.tell_use()
+    used = sample("worker_cpu_seconds_total")
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    worker.tell_use()
+    assert 0.1 <= sample("worker_cpu_seconds_total") - used < 0.5
+    assert 10e6 < sample("worker_resident_bytes") < 10e9
+
+
+@pytest.mark.parametrize(
+    ("error", "result"),
+    [
+        (None, "completed"),
+        (ApiError("no_space", "full"), "no_space"),
+        (RuntimeError("broken"), "internal"),
+        (asyncio.CancelledError(), "dropped"),
+    ],
+)
+def test_a_task_is_counted_by_how_it_ends(error: BaseException | None, result: str) -> None:
+    before = REGISTRY.get_sample_value("raresynth_tasks_total", {"result": result}) or 0
+    with suppress(type(error) if error else ()), metrics.task_counted():
+        if error:
+            raise error
+    assert sample("tasks_total", result=result) == before + 1
 
 
 # Against the running service
