@@ -400,8 +400,14 @@ def watched(
     entry = {"sha256": hashlib.sha256(KEY.encode()).hexdigest(), "scopes": ["predict", "generate", "admin"]}
     (folder / "keys.yaml").write_text(yaml.safe_dump({"all": entry}))
     (folder / "key").write_text(KEY)
-    limits = {"max_image_mb": 1, "max_megapixels": 2}  # those that the bad uploads are made for
-    with serving(folder / "log", bundle=accepted_bundle, keys_file=folder / "keys.yaml", **limits) as served:
+    settings = {
+        "bundle": accepted_bundle,
+        "keys_file": folder / "keys.yaml",
+        "work_dir": folder / "work",
+        "max_image_mb": 1,  # the bad uploads are made for these limits
+        "max_megapixels": 2,
+    }
+    with serving(folder / "log", **settings) as served:
         target = f"127.0.0.1:{served.port}"
         with prometheus(folder, configuration(documents, rules, folder / "key", target)) as client:
             yield Watched(served, client)
