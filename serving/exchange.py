@@ -52,10 +52,14 @@ class Exchange:
         self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         self.client, self.status = "-", 0
         self.body_is_read = not ({"content-length", "transfer-encoding"} & set(headers))
-        self._began = time.perf_counter()
+        self._began, self._answered = time.perf_counter(), 0.0
         self._failing: list[bytes] | None = None
         self._start: Message = {}
         self._at_end = [self._tell]
+
+    def take_body(self) -> None:
+        """Its last byte is there: what took until now was the client's time."""
+        self.body_is_read, self._began = True, time.perf_counter()
 
     def on_end(self, what: Callable[[], None]) -> None:
         """Have something done as soon as the answer is sent or given up."""
@@ -100,7 +104,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": response.body})
 
     async def _begin(self, start: Message) -> None:
-        self.status = start["status"]
+        self.status, self._answered = start["status"], time.perf_counter()
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["X-Request-ID"] = self.request_id
         headers.update(SECURITY)
@@ -119,7 +123,7 @@ class Exchange:
     def _tell(self) -> None:
         """Count and log the exchange: never its body, nor its query or file names."""
         path = self.route.path if self.route else "other"
-        seconds = time.perf_counter() - self._began
+        seconds = (self._answered or time.perf_counter()) - self._began
         metrics.requests.labels(path, str(self.status)).inc()
         metrics.request_seconds.labels(path).observe(seconds)
         if self.route is None or self.route.path not in ("/livez", "/readyz", "/metrics"):

@@ -22,7 +22,7 @@ from serving.exchange import RETRY_S, Exchange, log
 from serving.keys import Keys
 from serving.rate import RateLimit
 from serving.requests import PARSED, parse
-from serving.routes import Route, find_route
+from serving.routes import ASKED_PATH, Route, find_route
 from serving.settings import Settings
 
 _LARGEST_JSON = 16_384
@@ -59,6 +59,7 @@ class Front:
         log.setLevel(logging.INFO)  # BentoML shows warnings alone
         self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
         self._running, self._buffered = 0, 0
+        self._worker = metrics.Worker(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -105,7 +106,10 @@ class Front:
             raise ApiError("rate", "this key's rate is used up; wait", wait)
 
     async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
-        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"authorization"]}
+        headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
+        scope = {**scope, "headers": headers, "path": route.path, ASKED_PATH: scope["path"]}
+        if route.path == "/metrics":
+            self._worker.tell_use()
         if route.body is None:
             await self._run(exchange, scope, receive)
             return
@@ -114,7 +118,7 @@ class Front:
         reserved = self._reserve(route, exchange.headers)
         try:
             body = await self._read(receive, reserved)
-            exchange.body_is_read = True
+            exchange.take_body()
             scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
             await self._counted(exchange, scope, body, receive)
         finally:

@@ -55,11 +55,16 @@ class Generation:
         Raises:
             ApiError: the label has no accepted generator, too many batches wait, or the disk is full.
         """
+        with metrics.task_counted():
+            return await self._batch(order)
+
+    async def _batch(self, order: Order) -> BatchResult:
         sampler, drawing = self._prepare(order)
         if len(self._tasks) >= self._settings.max_tasks:
             raise ApiError("overloaded", "too many batches run or wait already; try again", RETRY_S)
         dropped = threading.Event()
         self._tasks.add(dropped)
+        metrics.tasks_in_flight.set(len(self._tasks))
         try:
             return await asyncio.get_running_loop().run_in_executor(
                 self._task_thread, self._as_file, sampler, drawing, dropped
@@ -72,6 +77,7 @@ class Generation:
             raise ApiError("overloaded", "the service is going down; ask again", RETRY_S) from None
         finally:
             self._tasks.discard(dropped)
+            metrics.tasks_in_flight.set(len(self._tasks))
 
     def stop(self) -> None:
         """Drop all batches that run or wait."""

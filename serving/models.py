@@ -96,6 +96,7 @@ class Models:
             metrics.predictions.labels(self.bundle.labels[label]).inc()
             metrics.confidence.observe(highest)
             metrics.outliers.inc(flag)
+        metrics.last_prediction.set_to_current_time()
         self.drift.add(pixels, best, flagged)
         self._since_told += len(flagged)
         if self._since_told >= TELL_EVERY:

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from serving.errors import ApiError
 from serving.openapi import openapi
+from serving.routes import ASKED_PATH
 
 _FILES = {
     "/": ("index.html", "text/html"),
@@ -61,7 +62,7 @@ async def _docs(request: Request) -> Response:
 
 
 async def _archive(request: Request) -> Response:
-    path: Path = request.app.state.results_dir / request.path_params["name"]
+    path: Path = request.app.state.results_dir / request.scope[ASKED_PATH].rpartition("/")[2]
     if not path.is_file():
         message = "there is no such archive; the oldest are deleted when new ones come"
         return ApiError("not_found", message).response()

@@ -12,6 +12,9 @@ from serving.answers import BatchPredictions, BatchResult, Prediction, TaskStatu
 from serving.keys import Scope
 from serving.requests import Body, Image, Images, LargeOrder, Order
 
+ASKED_PATH = "raresynth.path"
+"""Where the path that was asked for lies in a request's ASGI scope. BentoML gets that of the route: its metrics have
+series for each path that it sees."""
 _ARCHIVE = "[0-9a-f]{32}[.]zip"
 
 
