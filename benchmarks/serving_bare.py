@@ -52,7 +52,6 @@ def generated_per_s(bundle: Path, label: str, n: int, processes: int, seconds: f
 
 
 def _in_processes(processes: int, work: Callable[..., float], arguments: tuple[Any, ...]) -> float:
-    os.environ["OMP_NUM_THREADS"] = "1"
     with get_context("spawn").Pool(processes) as pool:
         return sum(pool.starmap(work, [arguments] * processes, chunksize=1))
 
