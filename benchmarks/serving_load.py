@@ -65,13 +65,11 @@ class Tally:
         self.statuses: Counter[str] = Counter()
         self.seconds: list[float] = []
         self._counts_from = time.perf_counter() + SETTLE_S
-        self._cpu_before: float | None = None
-        self.server_cpu = 0.0
 
     def add(self, status: str, began: float) -> None:
-        """Count an answer, or a lost connection, to what was sent at `began`."""
+        """Count an answer, or a lost connection, to what was sent at `began`, if it is time to count."""
         now = time.perf_counter()
-        if began < self._counts_from:
+        if now < self._counts_from:
             return
         self.statuses[status] += 1
         if status == "200":
