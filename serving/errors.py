@@ -1,6 +1,7 @@
 """What a client can get wrong, in one format: {"error": {"code", "message", "request_id"}}."""
 
 import functools
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -79,4 +80,6 @@ def answered(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         except ApiError as error:
             return error.response()
 
+    # BentoML asks for it at every request, and finds it so at once.
+    answering.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
     return answering

@@ -5,6 +5,7 @@ series of unknown paths.
 """
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import time
@@ -208,6 +209,7 @@ def _check_loopback(scope: Scope, headers: Headers) -> None:
         raise ApiError("no_key", "the service has no API keys, so it answers on 127.0.0.1 and localhost alone")
 
 
+@functools.lru_cache(maxsize=256)
 def _is_loopback(host: str) -> bool:
     try:
         name = urlsplit(f"//{host}").hostname or host

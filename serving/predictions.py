@@ -25,10 +25,12 @@ class Classification:
 
     def __init__(self, models: Models, settings: Settings) -> None:
         self._models, self._settings = models, settings
-        self._threads = ThreadPoolExecutor(settings.threads, "predict")
+        self._threads = ThreadPoolExecutor(settings.threads, "decode")
+        # Runs have threads of their own: queued behind uploads, a batch would lie ready without growing.
+        runners = ThreadPoolExecutor(settings.threads, "classify")
         self._batcher: Batcher[Pixels, Verdict] = Batcher(
             models.predict,
-            self._threads,
+            runners,
             settings.max_batch,
             settings.max_waiting,
             settings.threads,
