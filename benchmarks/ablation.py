@@ -1,6 +1,6 @@
 """What each part of the preset raresynth is worth: HAM10000 at 64 x 64, 100,000 images, one part left out at a time.
 
-    python -P benchmarks/ablation.py --run RUN --data ../shared/ham10000 --out OUT [--seeds 2]
+    python -m benchmarks.ablation --run RUN --data ../shared/ham10000 --out OUT [--seeds 2]
 
 RUN is a finished run at 64 x 64. Parts that were tried and left out of the library stand here, as they were tried. KID
 is to train and val reals, by which snapshots are chosen too; nothing here looks at test.
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gan_series import RESOLUTION, Inputs
 from torch import Tensor
 
+from benchmarks.gan_series import RESOLUTION, Inputs
 from raresynth.config import GanConfig
 from raresynth.gan import training
 from raresynth.gan.residual import game as residual

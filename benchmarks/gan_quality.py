@@ -1,6 +1,6 @@
 """The series of gan_series.py, judged: KID against real images that no generator, encoder or choice has seen.
 
-    python -P benchmarks/gan_quality.py --run RUN --data ../shared/ham10000 --series SERIES
+    python -m benchmarks.gan_quality --run RUN --data ../shared/ham10000 --series SERIES
 
 For every class, and for the set as a whole, raresynth's KID minus each other preset's, on the test split's reals and
 500 images a generator, none rejected. The 95 % interval takes in the reals (jackknife by lesion) and the seeds
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gan_series import PRESETS, Inputs, folder
 from scipy.stats import t as student
 
+from benchmarks.gan_series import PRESETS, Inputs, folder
 from raresynth.dataset.images import Pixels, load_images, resized
 from raresynth.dataset.manifest import read_manifest
 from raresynth.gan.sampling import generate, load_generator

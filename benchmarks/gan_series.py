@@ -1,6 +1,6 @@
 """The three presets at equal images shown, several seeds: trains what the tables of gan_quality.py compare.
 
-    python -P benchmarks/gan_series.py --run RUN --data ../shared/ham10000 --out SERIES
+    python -m benchmarks.gan_series --run RUN --data ../shared/ham10000 --out SERIES
 
 RUN is a finished run at 64 x 64: its validated manifest and its encoder are used. Each of the runs below shows 200,000
 images, the universal GAN's and the six classes' together; it is one task on one thread, and as many as `--tasks` go on

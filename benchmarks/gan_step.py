@@ -1,6 +1,6 @@
 """Train-step throughput of the GAN: images/s by preset, resolution and stage, parameters and peak memory.
 
-    python -P benchmarks/gan_step.py [--device cuda] [--resolution 64] [--precision fp32] [--ranks 2]
+    python -m benchmarks.gan_step [--device cuda] [--resolution 64] [--precision fp32] [--ranks 2]
 
 A step updates D and G, with the penalty as often as in training, and moves the average; nothing is read or saved.
 Presets have their own widths and batches unless these are given.

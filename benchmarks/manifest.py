@@ -1,12 +1,13 @@
 """How fast `build-manifest` reads images, and how much memory 100,000 of them take.
 
-    python benchmarks/manifest.py [HAM10000_FOLDER]
+    python -m benchmarks.manifest [HAM10000_FOLDER]
 
 Throughput is that of the whole stage on HAM10000 (../shared/ham10000 unless named), the best of three runs in a new
 process each, so that the files come from the system's cache. Memory is the peak resident set of a process that builds
 the manifest of 100,000 image files, the import of all libraries included.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -37,7 +38,9 @@ print(json.dumps({"rows": report.n_rows, "seconds": seconds, "peak_mb": peak / 1
 
 
 def main() -> None:
-    ham10000 = Path(sys.argv[1]) if len(sys.argv) > 1 else HAM10000
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ham10000", type=Path, nargs="?", default=HAM10000)
+    ham10000 = parser.parse_args().ham10000
     print(f"machine: {machine()}")
     if ham10000.is_dir():
         best = min((build(ham10000) for _ in range(3)), key=lambda result: result["seconds"])

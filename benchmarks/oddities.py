@@ -1,6 +1,6 @@
 """How often images have what no lesion has: a black surround, teal skin, a burnt-out centre.
 
-    python -P benchmarks/oddities.py --run RUN --data ../shared/ham10000 --series SERIES
+    python -m benchmarks.oddities --run RUN --data ../shared/ham10000 --series SERIES
 
 Plain pixel counts, for what the encoder may not see. Real images are those of train and val.
 """
@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from gan_quality import Series
-from gan_series import PRESETS, RESOLUTION, Inputs
 
+from benchmarks.gan_quality import Series
+from benchmarks.gan_series import PRESETS, RESOLUTION, Inputs
 from raresynth.dataset.images import Pixels, load_images
 
 IMAGES, RIM = 500, 4

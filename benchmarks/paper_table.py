@@ -1,6 +1,6 @@
 """The Lightweight-STGAN paper's Table III redone: one classifier, trained on each preset's images.
 
-    python -P benchmarks/paper_table.py --run RUN --data ../shared/ham10000 --params PARAMS --series SERIES --out OUT
+    python -m benchmarks.paper_table --run RUN --data ../shared/ham10000 --params PARAMS --series SERIES --out OUT
 
 RUN is a finished run with PARAMS, whose real arms are the reference; SERIES comes from gan_series.py. As in the paper
 the images fill every class up to the largest, and none is rejected. Two arms a preset: real+synthetic, and synthetic,
@@ -16,8 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
-from gan_series import PRESETS, Inputs, folder
 
+from benchmarks.gan_series import PRESETS, Inputs, folder
 from raresynth import flow
 from raresynth.classifier.arms import ARMS
 from raresynth.classifier.evaluation import ArmResult, Estimate, evaluate

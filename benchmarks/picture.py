@@ -1,6 +1,6 @@
 """Real images beside each preset's, class by class: the first of each, none chosen.
 
-    python -P benchmarks/picture.py --run RUN --data ../shared/ham10000 --series SERIES --out FILE [--no-reals]
+    python -m benchmarks.picture --run RUN --data ../shared/ham10000 --series SERIES --out FILE [--no-reals]
 
 SERIES comes from gan_series.py. --no-reals is for pictures that are passed on, where the images' licence forbids that.
 """
@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from gan_quality import Series
-from gan_series import PRESETS, RESOLUTION, Inputs
 from PIL import Image, ImageDraw
 
+from benchmarks.gan_quality import Series
+from benchmarks.gan_series import PRESETS, RESOLUTION, Inputs
 from raresynth.dataset.images import Pixels, load_images
 
 TILES = 6

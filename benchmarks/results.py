@@ -1,13 +1,15 @@
-"""The results of a finished run as Markdown tables: `python -P benchmarks/results.py OUT`."""
+"""The results of a finished run as Markdown tables: `python -m benchmarks.results OUT`."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the run")
+    out = parser.parse_args().out
     decisions = json.loads((out / "decisions.json").read_text())
     print_quality(out, decisions["classes"])
     print_arms(json.loads((out / "evaluation" / "report.json").read_text()))

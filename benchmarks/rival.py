@@ -1,7 +1,7 @@
 """Against lightweight-gan (PyPI) on a CPU: images/s, parameters, memory, and KID after equal time.
 
     python -m venv ENV && ENV/bin/python -m pip install lightweight-gan
-    python -P benchmarks/rival.py --run RUN --data ../shared/ham10000 --python ENV/bin/python --out OUT
+    python -m benchmarks.rival --run RUN --data ../shared/ham10000 --python ENV/bin/python --out OUT
 
 RUN is a finished run at 64 x 64, whose train images and encoder are used. Both train at the same time, each on one
 thread, for `--minutes`; raresynth's length is set by its rate. KID is of the whole set, on the test split's reals.
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gan_quality import WHOLE, paired_difference
-from gan_series import RESOLUTION, Inputs
-from gan_step import images_per_s, parameters
 from PIL import Image
 
+from benchmarks.gan_quality import WHOLE, paired_difference
+from benchmarks.gan_series import RESOLUTION, Inputs
+from benchmarks.gan_step import images_per_s, parameters
 from raresynth.config import GanConfig
 from raresynth.dataset.images import load_images, resized
 from raresynth.dataset.manifest import read_manifest

@@ -1,4 +1,4 @@
-"""Time and memory of every stage of the flow on the sample data: `python -P benchmarks/sample_flow.py`.
+"""Time and memory of every stage of the flow on the sample data: `python -m benchmarks.sample_flow`.
 
 With `--data DIR --params FILE` on other images; with `--out OUT` the table of a finished run is printed.
 """

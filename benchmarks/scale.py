@@ -1,6 +1,6 @@
 """What the flow costs as the images grow in number: measured at three sizes, the third also predicted from the others.
 
-    python -P benchmarks/scale.py --out OUT [--sizes 2000 8000 32000]
+    python -m benchmarks.scale --out OUT [--sizes 2000 8000 32000]
 
 Made-up images of HAM10000's size (600 x 450) in seven classes. Networks are small and training is short, and both the
 same at all sizes: what is measured is all that grows with the images. Model of a stage: a + b N seconds for N images,
