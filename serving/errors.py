@@ -1,7 +1,7 @@
 """What a client can get wrong, in one format: {"error": {"code", "message", "request_id"}}."""
 
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
@@ -46,6 +46,7 @@ CODES: dict[str, tuple[int, str]] = {
     "rate": (429, "the key's rate is used up"),
     "internal": (500, "the service failed"),
     "overloaded": (503, "too many requests wait already"),
+    "not_ready": (503, "the service's threads are stuck"),
     "no_space": (507, "the service's disk is full"),
     "timeout": (504, "the work took too long and was dropped"),
 }
@@ -55,17 +56,20 @@ CODES: dict[str, tuple[int, str]] = {
 class ApiError(Exception):
     """An error that is told to the client."""
 
-    def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, retry_after_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
     def response(self, request_id: str = "") -> JSONResponse:
         """As HTTP; the request's id is filled in on the way out."""
         detail = ErrorDetail(code=self.code, message=self.message, request_id=request_id)
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
-        return JSONResponse(ErrorBody(error=detail).model_dump(), CODES[self.code][0], headers)
+        retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        return JSONResponse(ErrorBody(error=detail).model_dump(), CODES[self.code][0], {**retry, **self.headers})
 
 
 def answered(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:

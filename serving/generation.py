@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import math
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -18,8 +20,22 @@ from serving.errors import ApiError
 from serving.models import Models
 from serving.requests import Order
 from serving.settings import Settings
+from serving.threads import Threads
 
 RETRY_S = 60.0
+
+
+class _Batch(threading.Event):
+    """A batch that may be dropped; knows when its thread last asked whether it was, as it does every few images."""
+
+    _asked = math.inf
+
+    def is_set(self) -> bool:
+        self._asked = time.monotonic()
+        return super().is_set()
+
+    def still_s(self) -> float:
+        return time.monotonic() - self._asked
 
 
 class Generation:
@@ -28,9 +44,9 @@ class Generation:
     def __init__(self, models: Models, settings: Settings, results_dir: Path) -> None:
         self._models, self._settings, self._results_dir = models, settings, results_dir
         # Threads of their own: predictions never queue behind an archive, nor small archives behind a large one.
-        self._threads = ThreadPoolExecutor(settings.threads, "generate")
+        self._threads = Threads(settings.threads, "generate")
         self._task_thread = ThreadPoolExecutor(1, "generate_batch")
-        self._tasks: set[threading.Event] = set()
+        self._tasks: set[_Batch] = set()
         lineage = models.bundle.lineage
         self._lineage = {"bundle": models.version, "data_version": lineage.data_md5, "commit": lineage.commit}
 
@@ -58,7 +74,7 @@ class Generation:
         sampler, drawing = self._prepare(order)
         if len(self._tasks) >= self._settings.max_tasks:
             raise ApiError("overloaded", "too many batches run or wait already; try again", RETRY_S)
-        dropped = threading.Event()
+        dropped = _Batch()
         self._tasks.add(dropped)
         try:
             return await asyncio.get_running_loop().run_in_executor(
@@ -72,6 +88,10 @@ class Generation:
             raise ApiError("overloaded", "the service is going down; ask again", RETRY_S) from None
         finally:
             self._tasks.discard(dropped)
+
+    def oldest_s(self) -> float:
+        """How long the oldest archive has been under way or a batch has made no image, in seconds."""
+        return max(self._threads.oldest_s(), *(batch.still_s() for batch in set(self._tasks)), 0.0)
 
     def stop(self) -> None:
         """Drop all batches that run or wait."""

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from raresynth.dataset.images import Pixels
@@ -14,6 +13,7 @@ from serving.batching import Batcher
 from serving.errors import ApiError
 from serving.models import Models, Verdict
 from serving.settings import Settings
+from serving.threads import Threads
 from serving.uploads import decode_upload
 
 P = ParamSpec("P")
@@ -25,7 +25,7 @@ class Classification:
 
     def __init__(self, models: Models, settings: Settings) -> None:
         self._models, self._settings = models, settings
-        self._threads = ThreadPoolExecutor(settings.threads, "predict")
+        self._threads = Threads(settings.threads, "predict")
         self._batcher: Batcher[Pixels, Verdict] = Batcher(
             models.predict,
             self._threads,
@@ -36,6 +36,10 @@ class Classification:
         )
         bundle = models.bundle
         self._versions = Versions(bundle=models.version, data_version=bundle.lineage.data_md5)
+
+    def oldest_s(self) -> float:
+        """How long the oldest work has been under way, in seconds."""
+        return self._threads.oldest_s()
 
     async def predict(self, image: bytes, overlay: bool) -> Prediction:
         """The answer for one uploaded image.

@@ -13,6 +13,7 @@ from serving.keys import Scope
 from serving.requests import Body, Image, Images, LargeOrder, Order
 
 _ARCHIVE = "[0-9a-f]{32}[.]zip"
+_METHODS = {"GET": ("GET", "HEAD"), "POST": ("POST",)}
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,14 @@ ROUTES = (
     Route("GET", "/", "Web page", "public", "text/html"),
     Route("GET", "/docs.json", "This document", "public"),
     Route("GET", "/schema.json", "Routes as bentoml.SyncHTTPClient reads them", "public"),
-    Route("GET", "/livez", "200 while the process works", "public", "text/plain"),
-    Route("GET", "/readyz", "200 while requests are taken", "public", "text/plain"),
+    Route("GET", "/livez", "200 while the process works", "public", "text/plain", errors=("not_ready",)),
+    Route("GET", "/readyz", "200 while requests are taken", "public", "text/plain", errors=("not_ready",)),
     Route("GET", "/metrics", "Metrics for Prometheus", "admin", "text/plain"),
 )
 
 
-def find_route(method: str, path: str) -> tuple[Route | None, bool]:
-    """The route of a method and path, and whether the path is known."""
+def find_route(method: str, path: str) -> tuple[Route | None, list[str]]:
+    """The route of a method and path, and the methods that the path takes: none if it is unknown."""
     at_path = [route for route in ROUTES if route.pattern.fullmatch(path)]
     found = next((route for route in at_path if route.method == ("GET" if method == "HEAD" else method)), None)
-    return found, bool(at_path)
+    return found, [name for route in at_path for name in _METHODS[route.method]]

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from serving.answers import BatchPredictions, BatchResult, Prediction
 from serving.approval import open_approved
+from serving.connections import install
 from serving.errors import answered
 from serving.front import Front
 from serving.pages import pages
@@ -26,6 +27,7 @@ class Guarded(bentoml.Service):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """The app that BentoML's worker runs."""
         settings = read_settings()
+        install()
         # The deadline is the front's; BentoML's comes later, in case.
         self.config["traffic"] = {
             **self.config.get("traffic", {}),
@@ -55,6 +57,7 @@ class Raresynth:
         models = Models(settings)
         READ_ONLY.state.card = model_card(models, settings.bundle)
         READ_ONLY.state.results_dir = settings.results_dir()
+        self._timeout_s = settings.timeout_s
         self._classification = Classification(models, settings)
         self._generation = Generation(models, settings, READ_ONLY.state.results_dir)
 
@@ -64,6 +67,17 @@ class Raresynth:
         """Before there is a worker that would die of it."""
         settings = read_settings()
         open_approved(settings.bundle, settings.bundle_sha256)
+
+    async def __is_ready__(self) -> bool:
+        """What waits longer was given up by all clients; then whoever asks next would wait in vain too."""
+        return self._oldest_s() < 2 * self._timeout_s
+
+    async def __is_alive__(self) -> bool:
+        """A thread cannot be ended from outside: one that never comes back takes a new process."""
+        return self._oldest_s() < 4 * self._timeout_s
+
+    def _oldest_s(self) -> float:
+        return max(self._classification.oldest_s(), self._generation.oldest_s())
 
     @bentoml.on_shutdown
     def stop(self) -> None:

@@ -60,10 +60,16 @@ class Settings(BaseModel):
     max_megapixels: Annotated[float, Field(gt=0, le=178)] = 25.0
     """Pixels of one uploaded image, told by its header before it is decoded."""
 
+    max_connections: Count = 512
+    """Open connections, and at most half of the files that the process may open; beyond it those without a request are
+    closed, the oldest first."""
+    head_timeout_s: Seconds = 10.0
+    """Time for a request's first line and headers; then the connection is closed."""
     body_timeout_s: Seconds = 10.0
     """Time for a client to send its body; then the answer is 408."""
     timeout_s: Seconds = 30.0
-    """Time for an answer once the body is there; then the work is dropped and the answer is 504."""
+    """Time for an answer once the body is there; then the work is dropped and the answer is 504. As much again for the
+    client to take it. Work that goes on for twice as long all the same makes /readyz fail, four times as long /livez."""
     drain_s: Count = 20
     """Time for requests to end after SIGTERM; below the pod's own grace period."""
 

@@ -479,7 +479,7 @@ def test_errors_of_any_kind_come_in_one_format() -> None:
 
     response = asked(crashing, Settings(), "POST", "/generate", **ORDER)
     assert error_of(response) == "internal" and "secret" not in response.text
-    for status, code in ((400, "malformed"), (404, "not_found"), (500, "internal"), (503, "overloaded")):
+    for status, code in ((400, "malformed"), (404, "not_found"), (500, "internal"), (503, "not_ready")):
         response = asked(
             JSONResponse({"error": "as BentoML says it"}, status), Settings(), "POST", "/generate", **ORDER
         )
@@ -629,7 +629,7 @@ def test_the_document_covers_every_route_and_only_routes_are_found() -> None:
                 Draft202012Validator(schema).validate(asked["example"])
     assert find_route("GET", "/generated/" + "a" * 32 + ".zip")[0] is not None
     for path in ("/generated/../bundle.json", "/generated/.x.zip", "/docsXjson", "/predict/", "/generate_batch/cancel"):
-        assert find_route("GET", path) == (None, False)
+        assert find_route("GET", path) == (None, [])
 
 
 def test_importing_the_service_loads_no_models_and_no_torch() -> None:
