@@ -191,6 +191,8 @@ class Front:
         except Exception as error:
             log.exception("%s failed", exchange.request_id)
             raise ApiError("internal", "the service failed; tell its admin the request_id") from error
+        finally:
+            exchange.deadline = None  # over; what is refused now has none
 
 
 def _no_route(scope: Scope, methods: list[str]) -> ApiError:
