@@ -62,6 +62,9 @@ class Connection(HttpToolsProtocol):
             if self._head_bytes > LARGEST_HEAD:
                 self._refuse(ApiError("too_large", f"path and headers may have {LARGEST_HEAD} bytes at most"))
 
+    def _should_upgrade_to_ws(self) -> bool:
+        return False  # nothing here speaks it
+
     def on_message_begin(self) -> None:
         """A request's first bytes."""
         super().on_message_begin()

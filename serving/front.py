@@ -54,9 +54,6 @@ class Front:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
         route, methods = find_route(scope["method"], scope["path"])
         exchange = Exchange(route, send, Headers(scope=scope))
         try:
