@@ -9,8 +9,9 @@ import socket
 import uuid
 from typing import Any
 
+from uvicorn._types import ASGI3Application
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving import metrics
 from serving.errors import ApiError
@@ -35,6 +36,7 @@ class Connection(HttpToolsProtocol):
         self.settings: Settings = self.config.app.settings  # type: ignore[union-attr]
         self._deadline: asyncio.TimerHandle | None = None
         self._in_head, self._head_bytes = False, 0
+        self._answering: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Make room, and wait for the first request."""
@@ -52,6 +54,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self._wait_no_more()
+        self._drop_answer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -96,6 +99,18 @@ class Connection(HttpToolsProtocol):
         self._wait_no_more()
         self.transport.close()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle  # `cycle` may be one that came after it
+        super()._start_asgi_task(cycle, app)
+
+    def _drop_answer(self) -> bool:
+        """Tell the request that is being answered, if there is one, that its client is gone."""
+        if self._answering is None or self._answering.response_complete:
+            return False
+        self._answering.disconnected = True
+        self._answering.message_event.set()
+        return True
+
     def _most(self) -> int:
         return min(self.settings.max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
@@ -114,7 +129,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         self._wait_no_more()
         metrics.rejected.labels(error.code).inc()
-        if self.cycle is None or self.cycle.response_complete:  # else it would stand in the middle of an answer
+        if not self._drop_answer():  # else it would stand in the middle of that
             response = error.response(request_id := uuid.uuid4().hex)
             response.headers.update({"X-Request-ID": request_id, **SECURITY, "Connection": "close"})
             lines = [b"HTTP/1.1 %d Refused" % response.status_code]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -15,7 +15,7 @@ class Threads(ThreadPoolExecutor):
     def __init__(self, n: int, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(n, name)
         self._clock = clock
-        self._since: dict[Future[object], float] = {}
+        self._since: dict[Future[Any], float] = {}
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As a pool does."""

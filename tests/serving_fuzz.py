@@ -121,7 +121,9 @@ def heavy_images() -> dict[str, bytes]:
         "two headers of exif": jpeg[:2] + jpeg_segment(0xE1, b"Exif\0\0Exif\0\0" + exif) + jpeg[2:],
         "mpf values over one another": jpeg[:2] + jpeg_segment(0xE2, b"MPF\0" + exif) + jpeg[2:],
         "png exif": png[:33] + png_chunk(b"eXIf", overlapping_exif(20_000, 500_000)) + png[33:],
-        "png exif as text": png[:33] + png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(exif)) + png[33:],
+        "png exif as text": png[:33]
+        + png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(exif))
+        + png[33:],
         "webp exif": b"RIFF" + struct.pack("<L", len(body)) + body,
         "exif in pieces": jpeg[:2] + jpeg_segment(0xE1, b"Exif\0\0" + bytes(9)) * 40_000 + jpeg[2:],
         "jpeg segments": jpeg[:2] + b"\xff\xe5\0\2" * 200_000 + jpeg[2:],
@@ -206,7 +208,8 @@ def images(random: Random, n: int, key: str) -> Iterator[Input]:
     for _ in range(max(0, n - len(good) - len(heavy))):
         kind = random.choice(list(IMAGE_MUTATIONS))
         mutated = [
-            IMAGE_MUTATIONS[kind](random, random.choice(list(good.values()))) for _ in range(random.choice((1, 1, 1, 4)))
+            IMAGE_MUTATIONS[kind](random, random.choice(list(good.values())))
+            for _ in range(random.choice((1, 1, 1, 4)))
         ]
         batch = len(mutated) > 1
         body = form(*mutated, field="images" if batch else "image")
@@ -235,8 +238,11 @@ def forms(random: Random, n: int, key: str) -> Iterator[Input]:
         "long header": whole.replace(disposition, disposition + b"\r\nA: " + b"b" * 100_000),
         "nested": whole.replace(image, b"--inner\r\n" + disposition + b"\r\n\r\nx\r\n--inner--"),
         "many parts": (b"--xyz\r\n" + disposition + b"\r\n\r\n\r\n") * 20_000 + b"--xyz--\r\n",
-        "many fields": b'--xyz\r\nContent-Disposition: form-data; name="overlay"\r\n\r\ntrue\r\n' * 20_000 + b"--xyz--\r\n",
-        "long field": b'--xyz\r\nContent-Disposition: form-data; name="overlay"\r\n\r\n' + b"a" * 900_000 + b"\r\n--xyz--\r\n",
+        "many fields": b'--xyz\r\nContent-Disposition: form-data; name="overlay"\r\n\r\ntrue\r\n' * 20_000
+        + b"--xyz--\r\n",
+        "long field": b'--xyz\r\nContent-Disposition: form-data; name="overlay"\r\n\r\n'
+        + b"a" * 900_000
+        + b"\r\n--xyz--\r\n",
         "base64": whole.replace(disposition, disposition + b"\r\nContent-Transfer-Encoding: base64"),
         "bare newlines": whole.replace(b"\r\n", b"\n"),
         "empty": b"",
@@ -260,13 +266,17 @@ def forms(random: Random, n: int, key: str) -> Iterator[Input]:
     }
     kinds = ["as it is", *bodies, *types, "bytes changed"]
     for number in range(n):
-        kind = kinds[number] if number < len(kinds) else "bytes changed" if random.random() < 0.6 else random.choice(kinds)
+        kind = (
+            kinds[number] if number < len(kinds) else "bytes changed" if random.random() < 0.6 else random.choice(kinds)
+        )
         content_type = types.get(kind, "multipart/form-data; boundary=xyz")
         body = bodies.get(kind, whole)
         if kind == "bytes changed":
             at = random.randrange(len(whole) - len(image) + 1)
             at += len(image) if at > whole.index(image) else 0
-            body = whole[:at] + random.choice((b"", b"\0", b"\r\n", b'"', b"--xyz", random.randbytes(3))) + whole[at + 1 :]
+            body = (
+                whole[:at] + random.choice((b"", b"\0", b"\r\n", b'"', b"--xyz", random.randbytes(3))) + whole[at + 1 :]
+            )
         path = random.choice(("/predict", "/predict", "/predict_batch"))
         yield Input("form", request(path, content_type, body, key))
 
@@ -277,7 +287,16 @@ def forms(random: Random, n: int, key: str) -> Iterator[Input]:
 def orders(random: Random, n: int, key: str, label: str) -> Iterator[Input]:
     odd = [
         *("NaN", "Infinity", "-Infinity", "1e400", "-0", "1e-400", "0x10", "01", "1.", ".5", "+1", "1_000", "9" * 4000),
-        *("-9223372036854775809", "18446744073709551616", "null", "true", '"\\ud800"', '"\\u0000"', '"\\x41"', '"é\x7f"'),
+        *(
+            "-9223372036854775809",
+            "18446744073709551616",
+            "null",
+            "true",
+            '"\\ud800"',
+            '"\\u0000"',
+            '"\\x41"',
+            '"é\x7f"',
+        ),
         *("[]", "{}", "[" * 5000, '{"a":' * 2000, '"' + "a" * 5000 + '"', "'x'", "", ",", "/*x*/1", '"\n"', "1 2"),
     ]
     fields = ("label", "n", "seed", "truncation", "format", "extra", "__proto__", "label")
@@ -300,7 +319,9 @@ def orders(random: Random, n: int, key: str, label: str) -> Iterator[Input]:
                 f"[{text}]".encode(),
             )
         )
-        content_type = random.choice(("application/json", "application/json", "application/json; charset=utf-16", "text/json"))
+        content_type = random.choice(
+            ("application/json", "application/json", "application/json; charset=utf-16", "text/json")
+        )
         path = random.choice(("/generate", "/generate", "/generate_batch/submit"))
         yield Input("json", request(path, content_type, body, key))
 
