@@ -3,8 +3,8 @@
     python -P benchmarks/fuzz_serving.py --bundle runs/demo/bundle --out fuzz.json
 
 Half of them are schemathesis's, from the service's OpenAPI document, in all its phases; the others come from
-tests/serving_fuzz.py: mutated and heavy images, broken forms, odd JSON and what is hardly HTTP. Every answer is checked.
-The same seed gives the same inputs of tests/serving_fuzz.py.
+tests/serving_fuzz.py: mutated and heavy images, broken forms, odd JSON and what is hardly HTTP. Every answer is
+checked. The same seed gives the same inputs of tests/serving_fuzz.py.
 """
 
 import argparse

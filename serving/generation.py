@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import uuid
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -46,6 +47,7 @@ class Generation:
         # Threads of their own: predictions never queue behind an archive, nor small archives behind a large one.
         self._threads = Threads(settings.threads, "generate")
         self._task_thread = ThreadPoolExecutor(1, "generate_batch")
+        self._finished = self._left_by_another_worker()
         self._tasks: set[_Batch] = set()
         lineage = models.bundle.lineage
         self._lineage = {"bundle": models.version, "data_version": lineage.data_md5, "commit": lineage.commit}
@@ -120,6 +122,7 @@ class Generation:
             unfinished.replace(self._results_dir / name)
         finally:
             unfinished.unlink(missing_ok=True)
+        self._finished.append(self._results_dir / name)
         self._forget_oldest()
         return BatchResult(path=f"/generated/{name}", sha256=digest, n_bytes=size, n=drawing.n, label=drawing.label)
 
@@ -128,7 +131,13 @@ class Generation:
             write_archive(out, sampler, drawing, self._lineage, dropped)
         metrics.generated.labels(drawing.label).inc(drawing.n)
 
+    def _left_by_another_worker(self) -> deque[Path]:
+        """Finished archives, the oldest first; what is unfinished is deleted."""
+        for unfinished in self._results_dir.glob(".*.zip"):
+            unfinished.unlink()
+        return deque(sorted(self._results_dir.glob("[!.]*.zip"), key=lambda path: path.stat().st_mtime_ns))
+
     def _forget_oldest(self) -> None:
-        finished = sorted(self._results_dir.glob("*.zip"), key=lambda path: path.stat().st_mtime_ns)
-        for path in finished[: -self._settings.kept_results]:
-            path.unlink(missing_ok=True)
+        """By the order in which they were finished: the clock that dates files may jump."""
+        while len(self._finished) > self._settings.kept_results:
+            self._finished.popleft().unlink(missing_ok=True)

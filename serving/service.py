@@ -1,5 +1,8 @@
 """The BentoML service: its routes and nothing else."""
 
+import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +70,12 @@ class Raresynth:
         """Before there is a worker that would die of it."""
         settings = read_settings()
         open_approved(settings.bundle, settings.bundle_sha256)
+
+    @bentoml.on_startup
+    def forget_lost_tasks(self) -> None:
+        """What a worker that died was at would be `in_progress` for ever."""
+        with closing(sqlite3.connect(Path(os.environ["BENTOML_HOME"]) / "task_result.db")) as tasks, tasks:
+            tasks.execute("DELETE FROM result WHERE status = 'in_progress'")
 
     async def __is_ready__(self) -> bool:
         """What waits longer was given up by all clients; then whoever asks next would wait in vain too."""

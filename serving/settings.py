@@ -68,8 +68,8 @@ class Settings(BaseModel):
     body_timeout_s: Seconds = 10.0
     """Time for a client to send its body; then the answer is 408."""
     timeout_s: Seconds = 30.0
-    """Time for an answer once the body is there; then the work is dropped and the answer is 504. As much again for the
-    client to take it. Work that goes on for twice as long all the same makes /readyz fail, four times as long /livez."""
+    """Time for an answer once the body is there; then the work is dropped and the answer is 504. The client has as much
+    again to take it. Work that goes on for twice as long makes /readyz fail, for four times as long /livez too."""
     drain_s: Count = 20
     """Time for requests to end after SIGTERM; below the pod's own grace period."""
 

@@ -201,7 +201,7 @@ IMAGE_MUTATIONS: dict[str, Callable[[Random, bytes], bytes]] = {
 
 def images(random: Random, n: int, key: str) -> Iterator[Input]:
     good, heavy = good_images(), heavy_images()
-    for name, content in good.items():
+    for content in good.values():
         yield Input("image: whole", request("/predict", *form(content), key), must_be=200)
     for name, content in heavy.items():
         yield Input(f"image: heavy ({name})", request("/predict", *form(content), key))

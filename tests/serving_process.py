@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 
@@ -45,13 +46,13 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def serving(log: Path, **settings: object) -> Iterator[Served]:
+def serving(log: Path, variables: Mapping[str, str] = MappingProxyType({}), **settings: object) -> Iterator[Served]:
     """Start the service and wait until it is ready; ended by Ctrl-C's signal, after which no process may be left."""
     port = free_port()
     command = [sys.executable, "-P", "-m", "serving"]
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=environment(port=port, **settings), cwd=ROOT, stdout=out, stderr=out, text=True
+            command, env={**environment(port=port, **settings), **variables}, cwd=ROOT, stdout=out, stderr=out, text=True
         )
     served = Served(f"http://127.0.0.1:{port}", port, process, log)
     try:
