@@ -36,6 +36,7 @@ CODES: dict[str, tuple[int, str]] = {
     "no_generator": (404, "the label has no accepted generator"),
     "method": (405, "the path takes another method"),
     "slow_body": (408, "the body did not arrive in time"),
+    "unfinished": (409, "the task has not ended; ask for its status"),
     "too_large": (413, "the body, or an image in it, is too large"),
     "too_many_pixels": (413, "the image has too many pixels"),
     "too_many_images": (413, "the request holds too many images"),

@@ -26,6 +26,12 @@ SECURITY = {
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 RETRY_S = 1.0
 _PIECE = 262_144
+_SAID_BY_BENTOML = {
+    b"is not completed yet": "unfinished",
+    b"disk is full": "no_space",
+    b"disk I/O error": "no_space",
+}
+"""What its task routes say of themselves or of SQLite -> our code."""
 log = logging.getLogger("raresynth.serving")
 
 
@@ -135,6 +141,9 @@ def _in_our_format(start: Message, body: bytes) -> ApiError:
         detail = json.loads(body)["error"]
         return ApiError(detail["code"], detail["message"], float(retry) if retry else None)
     except (ValueError, KeyError, TypeError):
+        for phrase, code in _SAID_BY_BENTOML.items():
+            if phrase in body:
+                return ApiError(code, CODES[code][1])
         status = start["status"]
         by_status = {
             400: "malformed",

@@ -1,6 +1,8 @@
 """The BentoML service: its routes and nothing else."""
 
+import logging
 import os
+import signal
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,14 +13,16 @@ from bentoml.validators import ContentType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from raresynth.errors import RaresynthError, describe
 from serving.answers import BatchPredictions, BatchResult, Prediction
 from serving.approval import open_approved
 from serving.connections import install
 from serving.errors import answered
 from serving.front import Front
+from serving.metrics import hold_space
 from serving.pages import pages
 from serving.requests import Image, Images, LargeOrder, Order
-from serving.settings import read_settings
+from serving.settings import SERVER, read_settings
 
 Zip = Annotated[Path, ContentType("application/zip")]
 READ_ONLY = pages()
@@ -31,6 +35,7 @@ class Guarded(bentoml.Service):
         """The app that BentoML's worker runs."""
         settings = read_settings()
         install()
+        hold_space()
         # The deadline is the front's; BentoML's comes later, in case.
         self.config["traffic"] = {
             **self.config.get("traffic", {}),
@@ -57,7 +62,13 @@ class Raresynth:
         from serving.predictions import Classification
 
         settings = read_settings()
-        models = Models(settings)
+        try:
+            models = Models(settings)
+        except RaresynthError as error:  # the parent checked it, so it was changed since
+            if parent := os.environ.get(SERVER):  # which would else start one worker after another
+                logging.getLogger("raresynth.serving").error("cannot serve any more: %s", describe(error))
+                os.kill(int(parent), signal.SIGTERM)
+            raise
         READ_ONLY.state.card = model_card(models, settings.bundle)
         READ_ONLY.state.results_dir = settings.results_dir()
         self._timeout_s = settings.timeout_s

@@ -14,6 +14,8 @@ from raresynth.errors import ParamsError
 
 FILE = "RARESYNTH_SERVING"
 """Environment variable that names the YAML file."""
+SERVER = "RARESYNTH_SERVER"
+"""Environment variable that tells a worker its server's process."""
 PREFIX = "RARESYNTH_SERVING_"
 """RARESYNTH_SERVING_PORT=3001 sets `port`, and so on for every setting; an empty one counts as not set."""
 

@@ -52,7 +52,12 @@ def serving(log: Path, variables: Mapping[str, str] = MappingProxyType({}), **se
     command = [sys.executable, "-P", "-m", "serving"]
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env={**environment(port=port, **settings), **variables}, cwd=ROOT, stdout=out, stderr=out, text=True
+            command,
+            env={**environment(port=port, **settings), **variables},
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+            text=True,
         )
     served = Served(f"http://127.0.0.1:{port}", port, process, log)
     try:
