@@ -108,7 +108,7 @@ class Exchange:
         headers = MutableHeaders(raw=list(start["headers"]))
         headers["X-Request-ID"] = self.request_id
         headers.update(SECURITY)
-        del headers["server"]
+        del headers["server"], headers["accept-ranges"]
         await self._send({**start, "headers": headers.raw})
         # A large archive, which lies on the disk, may take a slow client long; other answers fill memory until then.
         self._put_off_deadline(None if self.route and self.route.body is None else self.answer_s)

@@ -25,6 +25,8 @@ from serving.routes import Route, find_route
 from serving.settings import Settings
 
 _LARGEST_JSON = 16_384
+_KEPT_BACK = {b"authorization", b"range"}
+"""Headers that nothing behind the front may see: keys would be written down with tasks, and answers come whole."""
 _DISCARD_BYTES, _DISCARD_S = 1_000_000, 1.0
 
 
@@ -90,7 +92,7 @@ class Front:
             raise ApiError("rate", "this key's rate is used up; wait", wait)
 
     async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
-        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"authorization"]}
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] not in _KEPT_BACK]}
         if route.body is None:
             await self._run(exchange, scope, receive)
             return

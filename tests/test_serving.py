@@ -322,6 +322,11 @@ def test_probes_need_no_key(served: Served) -> None:
     assert [httpx.get(f"{served.url}/{path}").status_code for path in ("livez", "readyz", "")] == [200] * 3
 
 
+def test_answers_come_whole_and_say_so(served: Served) -> None:
+    whole = httpx.get(served.url, headers={"Range": "bytes=5-2"})
+    assert whole.status_code == 200 and "accept-ranges" not in whole.headers
+
+
 def test_a_hasty_key_is_told_to_wait_and_others_are_not(served: Served, client: httpx.Client) -> None:
     with httpx.Client(base_url=served.url, headers={"Authorization": "Bearer key-of-hasty"}) as hasty:
         for _ in range(3 * BURST):

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from serving_fuzz import everything, finding, form, good_images, heavy_images, request, send
 from serving_fuzz import Input as Thrown
+from serving_fuzz import everything, finding, form, good_images, heavy_images, request, send
 from serving_process import Served, serving
 
 from serving.errors import ApiError
