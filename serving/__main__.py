@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from raresynth.errors import RaresynthError, describe
-from serving.settings import PREFIX, Settings, read_settings
+from serving.settings import PREFIX, SERVER, Settings, read_settings
 
 ROOT = Path(__file__).parents[1]
 KEEP_ALIVE_S = 75
@@ -33,6 +33,7 @@ def main() -> int:
 def _serve(settings: Settings, work_dir: Path) -> int:
     os.environ |= {
         PREFIX + "WORK_DIR": str(work_dir),
+        SERVER: str(os.getpid()),
         # Two servers that shared it would wipe each other's metrics and tasks.
         "BENTOML_HOME": str(work_dir / "bentoml"),
         "BENTOML_DO_NOT_TRACK": "True",

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
@@ -37,6 +37,7 @@ CODES: dict[str, tuple[int, str]] = {
     "no_generator": (404, "the label has no accepted generator"),
     "method": (405, "the path takes another method"),
     "slow_body": (408, "the body did not arrive in time"),
+    "unfinished": (409, "the task has not ended; ask for its status"),
     "too_large": (413, "the body, or an image in it, is too large"),
     "too_many_pixels": (413, "the image has too many pixels"),
     "too_many_images": (413, "the request holds too many images"),
@@ -48,6 +49,7 @@ CODES: dict[str, tuple[int, str]] = {
     "internal": (500, "the service failed"),
     "overloaded": (503, "too many requests wait already"),
     "stopping": (503, "the service is going down"),
+    "not_ready": (503, "the service's threads are stuck"),
     "no_space": (507, "the service's disk is full"),
     "timeout": (504, "the work took too long and was dropped"),
 }
@@ -57,17 +59,20 @@ CODES: dict[str, tuple[int, str]] = {
 class ApiError(Exception):
     """An error that is told to the client."""
 
-    def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, retry_after_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
     def response(self, request_id: str = "") -> JSONResponse:
         """As HTTP; the request's id is filled in on the way out."""
         detail = ErrorDetail(code=self.code, message=self.message, request_id=request_id)
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
-        return JSONResponse(ErrorBody(error=detail).model_dump(), CODES[self.code][0], headers)
+        retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        return JSONResponse(ErrorBody(error=detail).model_dump(), CODES[self.code][0], {**retry, **self.headers})
 
 
 def answered(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:

@@ -29,6 +29,13 @@ SECURITY = {
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 RETRY_S = 1.0
+_PIECE = 262_144
+_SAID_BY_BENTOML = {
+    b"is not completed yet": "unfinished",
+    b"disk is full": "no_space",
+    b"disk I/O error": "no_space",
+}
+"""What its task routes say of themselves or of SQLite -> our code."""
 log = logging.getLogger("raresynth.serving")
 
 
@@ -40,10 +47,11 @@ class Exchange:
         status: of the answer, 0 before there is one.
         body_is_read: whether all that the client sends was taken.
         ended: whether the answer was sent or given up.
-        deadline: lifted once the answer is sent: a task works on after that.
+        deadline: put off by `answer_s` once the answer begins, lifted once it is sent: a task works on after that.
     """
 
     deadline: asyncio.Timeout | None = None
+    answer_s = 0.0
     ended = False
 
     def __init__(self, route: Route | None, send: Send, headers: Headers, drain: Drain) -> None:
@@ -82,13 +90,13 @@ class Exchange:
             return
         last = not message.get("more_body", False)
         if self._failing is None:
-            await self._send(message)
+            await self._send_in_pieces(message)
         else:
             self._failing.append(message.get("body", b""))
             if last:
                 await self.refuse(_in_our_format(self._start, b"".join(self._failing)))
         if last:
-            self._lift_deadline()
+            self._put_off_deadline(None)
             self.end()
 
     async def refuse(self, error: ApiError) -> None:
@@ -111,14 +119,21 @@ class Exchange:
         headers.setdefault("Cache-Control", "no-store")
         if self._drain.begun:
             headers["Connection"] = "close"
-        del headers["server"]
+        del headers["server"], headers["accept-ranges"]
         await self._send({**start, "headers": headers.raw})
-        if self.route and self.route.body is None:
-            self._lift_deadline()  # a large archive may take a slow client long
+        # A large archive, which lies on the disk, may take a slow client long; other answers fill memory until then.
+        self._put_off_deadline(None if self.route and self.route.body is None else self.answer_s)
 
-    def _lift_deadline(self) -> None:
+    async def _send_in_pieces(self, message: Message) -> None:
+        """Let a slow client hold up what follows, instead of having the server keep a large answer for it."""
+        body = message.get("body", b"")
+        for end in range(_PIECE, len(body), _PIECE):
+            await self._send({**message, "body": body[end - _PIECE : end], "more_body": True})
+        await self._send({**message, "body": body[(len(body) - 1) // _PIECE * _PIECE :] if body else b""})
+
+    def _put_off_deadline(self, seconds: float | None) -> None:
         if self.deadline and not self.deadline.expired():
-            self.deadline.reschedule(None)
+            self.deadline.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
 
     def _tell(self) -> None:
         """Count and log the exchange: never its body, nor its query or file names."""
@@ -137,13 +152,16 @@ def _in_our_format(start: Message, body: bytes) -> ApiError:
         detail = json.loads(body)["error"]
         return ApiError(detail["code"], detail["message"], float(retry) if retry else None)
     except (ValueError, KeyError, TypeError):
+        for phrase, code in _SAID_BY_BENTOML.items():
+            if phrase in body:
+                return ApiError(code, CODES[code][1])
         status = start["status"]
         by_status = {
             400: "malformed",
             404: "not_found",
             405: "method",
             413: "too_large",
-            503: "overloaded",
+            503: "not_ready",
             504: "timeout",
         }
         code = by_status.get(status, "internal" if status >= 500 else "malformed")

@@ -9,8 +9,8 @@ import functools
 import ipaddress
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -29,6 +29,8 @@ from serving.settings import Settings
 _LARGEST_JSON = 16_384
 _NOT_WHEN_STOPPING = ("/readyz", "/generate_batch/submit")
 """What says no from SIGTERM on; nobody could fetch the archive of a batch."""
+_KEPT_BACK = {b"authorization", b"range"}
+"""Headers that nothing behind the front may see: keys would be written down with tasks, and answers come whole."""
 _DISCARD_BYTES, _DISCARD_S = 1_000_000, 1.0
 
 
@@ -55,7 +57,7 @@ class Front:
         Raises:
             ParamsError: the file of keys cannot be used.
         """
-        self._app, self._settings, self._drain = app, settings, drain or Drain()
+        self._app, self.settings, self._drain = app, settings, drain or Drain()
         self._keys = Keys(settings.keys_file) if settings.keys_file else None
         log.setLevel(logging.INFO)  # BentoML shows warnings alone
         self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
@@ -64,17 +66,14 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            self._drain.watch(self._settings.linger_s)
+            self._drain.watch(self.settings.linger_s)
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        route, known = find_route(scope["method"], scope["path"])
+        route, methods = find_route(scope["method"], scope["path"])
         exchange = Exchange(route, send, Headers(scope=scope), self._drain)
         try:
             if route is None:
-                raise _no_route(scope, known)
+                raise _no_route(scope, methods)
             if self._drain.begun and route.path in _NOT_WHEN_STOPPING:
                 raise ApiError("stopping", "the service is going down; ask another one, or again", RETRY_S)
             self._admit(route, exchange, scope)
@@ -99,7 +98,8 @@ class Front:
             kind, _, presented = exchange.headers.get("authorization", "").partition(" ")
             found = self._keys.find(presented.strip()) if kind.lower() == "bearer" else None
             if found is None:
-                raise ApiError("no_key", "send an API key: `Authorization: Bearer KEY`")
+                message = "send an API key: `Authorization: Bearer KEY`"
+                raise ApiError("no_key", message, headers={"WWW-Authenticate": "Bearer"})
             exchange.client, scopes = found
             if route.access != "any" and route.access not in scopes:
                 raise ApiError("no_scope", f"this key may not {route.access}; ask for one with that scope")
@@ -107,42 +107,58 @@ class Front:
             raise ApiError("rate", "this key's rate is used up; wait", wait)
 
     async def _answer(self, route: Route, exchange: Exchange, scope: Scope, receive: Receive) -> None:
-        headers = [pair for pair in scope["headers"] if pair[0] != b"authorization"]
+        headers = [pair for pair in scope["headers"] if pair[0] not in _KEPT_BACK]
         scope = {**scope, "headers": headers, "path": route.path, ASKED_PATH: scope["path"]}
         if route.path == "/metrics":
             self._worker.tell_use()
         if route.body is None:
             await self._run(exchange, scope, receive)
             return
-        if self._running >= self._settings.max_requests:
+        if self._running >= self.settings.max_requests:
             raise ApiError("overloaded", "too many requests are under way; try again", RETRY_S)
-        reserved = self._reserve(route, exchange.headers)
-        try:
-            body = await self._read(receive, reserved)
+        most = self._most(route, exchange.headers)
+        with self._room() as take:
+            body = await self._read(receive, most, take)
             exchange.take_body()
             scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
             await self._counted(exchange, scope, body, receive)
-        finally:
-            self._buffered -= reserved
 
-    def _reserve(self, route: Route, headers: Headers) -> int:
-        """Bytes that the body may have, put aside before it is read."""
+    def _most(self, route: Route, headers: Headers) -> int:
+        """Bytes that the body may have: as many as it is said to have, if these are few enough and there is room."""
         form = route.body is not None and "multipart" in headers.get("content-type", "")
-        most = int(self._settings.max_body_mb * 1e6) if form else _LARGEST_JSON
+        most = int(self.settings.max_body_mb * 1e6) if form else _LARGEST_JSON
         length = headers.get("content-length", "")
         size = int(length) if length.isascii() and length.isdigit() else most
         if size > most:
             raise ApiError("too_large", f"the body may have {most} bytes at most")
-        if self._buffered + size > self._settings.max_buffered_mb * 1e6:
-            raise ApiError("overloaded", "too much is being uploaded; try again", RETRY_S)
-        self._buffered += size
+        self._check_room(size)
         return size
 
-    async def _read(self, receive: Receive, most: int) -> bytes:
+    def _check_room(self, size: int) -> None:
+        if self._buffered + size > self.settings.max_buffered_mb * 1e6:
+            raise ApiError("overloaded", "too much is being uploaded; try again", RETRY_S)
+
+    @contextmanager
+    def _room(self) -> Iterator[Callable[[int], None]]:
+        """Room for a body in memory, taken as it comes: a client that promises much and sends little blocks nobody."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            self._check_room(size)
+            self._buffered += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._buffered -= taken
+
+    async def _read(self, receive: Receive, most: int, take: Callable[[int], None]) -> bytes:
         chunks: list[bytes] = []
         size, more = 0, True
         try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
+            async with asyncio.timeout(self.settings.body_timeout_s):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -151,13 +167,14 @@ class Front:
                     size += len(chunks[-1])
                     if size > most:
                         raise ApiError("too_large", f"the body may have {most} bytes at most")
+                    take(len(chunks[-1]))
                     more = message.get("more_body", False)
         except TimeoutError:
-            raise ApiError("slow_body", f"the body took longer than {self._settings.body_timeout_s:g} s") from None
+            raise ApiError("slow_body", f"the body took longer than {self.settings.body_timeout_s:g} s") from None
         return b"".join(chunks)
 
     async def _counted(self, exchange: Exchange, scope: Scope, body: bytes, receive: Receive) -> None:
-        if self._running >= self._settings.max_requests:
+        if self._running >= self.settings.max_requests:
             raise ApiError("overloaded", "too many requests are under way; try again", RETRY_S)
         self._running += 1
         metrics.in_flight.set(self._running)
@@ -181,21 +198,24 @@ class Front:
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
         """Let BentoML answer within the deadline; what a task does after its answer has no deadline."""
         try:
-            async with asyncio.timeout(self._settings.timeout_s) as deadline:
-                exchange.deadline = deadline
+            async with asyncio.timeout(self.settings.timeout_s) as deadline:
+                exchange.deadline, exchange.answer_s = deadline, self.settings.timeout_s
                 await self._app(scope, receive, exchange.send)
         except TimeoutError:
-            raise ApiError("timeout", f"the work took longer than {self._settings.timeout_s:g} s") from None
+            raise ApiError("timeout", f"the work took longer than {self.settings.timeout_s:g} s") from None
         except (ApiError, asyncio.CancelledError):
             raise
         except Exception as error:
             log.exception("%s failed", exchange.request_id)
             raise ApiError("internal", "the service failed; tell its admin the request_id") from error
+        finally:
+            exchange.deadline = None  # over; what is refused now has none
 
 
-def _no_route(scope: Scope, known: bool) -> ApiError:
-    if known:
-        return ApiError("method", f"this path does not take {scope['method'][:10]}; see /docs.json")
+def _no_route(scope: Scope, methods: list[str]) -> ApiError:
+    if methods:
+        message = f"this path does not take {scope['method'][:10]}; see /docs.json"
+        return ApiError("method", message, headers={"Allow": ", ".join(methods)})
     return ApiError("not_found", "there is no such path; see /docs.json")
 
 
@@ -203,9 +223,11 @@ def _check_loopback(scope: Scope, headers: Headers) -> None:
     """Without keys, only connections to a loopback address are served, whatever address the server was started on.
 
     The name that the client used must be one of loopback too: a web page could else have its own name resolve here.
+    So must the page that asks, if one does: a form of any page can be sent here, though the page sees no answer.
     """
     reached = str((scope.get("server") or ("",))[0])
-    if not _is_loopback(reached) or not _is_loopback(headers.get("host", "")):
+    asked_by = [urlsplit(origin).netloc for origin in headers.getlist("origin")]
+    if not all(map(_is_loopback, [reached, headers.get("host", ""), *asked_by])):
         raise ApiError("no_key", "the service has no API keys, so it answers on 127.0.0.1 and localhost alone")
 
 

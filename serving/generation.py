@@ -2,8 +2,11 @@
 
 import asyncio
 import hashlib
+import math
 import threading
+import time
 import uuid
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +21,22 @@ from serving.errors import ApiError
 from serving.models import Models
 from serving.requests import Order
 from serving.settings import Settings
+from serving.threads import Threads
 
 RETRY_S = 60.0
+
+
+class _Batch(threading.Event):
+    """A batch that may be dropped; knows when its thread last asked whether it was, as it does every few images."""
+
+    _asked = math.inf
+
+    def is_set(self) -> bool:
+        self._asked = time.monotonic()
+        return super().is_set()
+
+    def still_s(self) -> float:
+        return time.monotonic() - self._asked
 
 
 class Generation:
@@ -28,9 +45,10 @@ class Generation:
     def __init__(self, models: Models, settings: Settings, results_dir: Path) -> None:
         self._models, self._settings, self._results_dir = models, settings, results_dir
         # Threads of their own: predictions never queue behind an archive, nor small archives behind a large one.
-        self._threads = ThreadPoolExecutor(settings.threads, "generate")
+        self._threads = Threads(settings.threads, "generate")
         self._task_thread = ThreadPoolExecutor(1, "generate_batch")
-        self._tasks: set[threading.Event] = set()
+        self._finished = self._left_by_another_worker()
+        self._tasks: set[_Batch] = set()
         lineage = models.bundle.lineage
         self._lineage = {"bundle": models.version, "data_version": lineage.data_md5, "commit": lineage.commit}
 
@@ -62,7 +80,7 @@ class Generation:
         sampler, drawing = self._prepare(order)
         if len(self._tasks) >= self._settings.max_tasks:
             raise ApiError("overloaded", "too many batches run or wait already; try again", RETRY_S)
-        dropped = threading.Event()
+        dropped = _Batch()
         self._tasks.add(dropped)
         metrics.tasks_in_flight.set(len(self._tasks))
         try:
@@ -78,6 +96,10 @@ class Generation:
         finally:
             self._tasks.discard(dropped)
             metrics.tasks_in_flight.set(len(self._tasks))
+
+    def oldest_s(self) -> float:
+        """How long the oldest archive has been under way or a batch has made no image, in seconds."""
+        return max(self._threads.oldest_s(), *(batch.still_s() for batch in set(self._tasks)), 0.0)
 
     def stop(self) -> None:
         """Drop all batches that run or wait."""
@@ -106,6 +128,7 @@ class Generation:
             unfinished.replace(self._results_dir / name)
         finally:
             unfinished.unlink(missing_ok=True)
+        self._finished.append(self._results_dir / name)
         self._forget_oldest()
         return BatchResult(path=f"/generated/{name}", sha256=digest, n_bytes=size, n=drawing.n, label=drawing.label)
 
@@ -114,7 +137,13 @@ class Generation:
             write_archive(out, sampler, drawing, self._lineage, dropped)
         metrics.generated.labels(drawing.label).inc(drawing.n)
 
+    def _left_by_another_worker(self) -> deque[Path]:
+        """Finished archives, the oldest first; what is unfinished is deleted."""
+        for unfinished in self._results_dir.glob(".*.zip"):
+            unfinished.unlink()
+        return deque(sorted(self._results_dir.glob("[!.]*.zip"), key=lambda path: path.stat().st_mtime_ns))
+
     def _forget_oldest(self) -> None:
-        finished = sorted(self._results_dir.glob("*.zip"), key=lambda path: path.stat().st_mtime_ns)
-        for path in finished[: -self._settings.kept_results]:
-            path.unlink(missing_ok=True)
+        """By the order in which they were finished: the clock that dates files may jump."""
+        while len(self._finished) > self._settings.kept_results:
+            self._finished.popleft().unlink(missing_ok=True)

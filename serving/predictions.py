@@ -3,7 +3,6 @@
 import asyncio
 import base64
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from raresynth.dataset.images import Pixels
@@ -14,6 +13,7 @@ from serving.batching import Batcher
 from serving.errors import ApiError
 from serving.models import Models, Verdict
 from serving.settings import Settings
+from serving.threads import Threads
 from serving.uploads import decode_upload
 
 P = ParamSpec("P")
@@ -25,12 +25,12 @@ class Classification:
 
     def __init__(self, models: Models, settings: Settings) -> None:
         self._models, self._settings = models, settings
-        self._threads = ThreadPoolExecutor(settings.threads, "decode")
+        self._threads = Threads(settings.threads, "decode")
         # Runs have threads of their own: queued behind uploads, a batch would lie ready without growing.
-        runners = ThreadPoolExecutor(settings.threads, "classify")
+        self._runners = Threads(settings.threads, "classify")
         self._batcher: Batcher[Pixels, Verdict] = Batcher(
             models.predict,
-            runners,
+            self._runners,
             settings.max_batch,
             settings.max_waiting,
             settings.threads,
@@ -38,6 +38,10 @@ class Classification:
         )
         bundle = models.bundle
         self._versions = Versions(bundle=models.version, data_version=bundle.lineage.data_md5)
+
+    def oldest_s(self) -> float:
+        """How long the oldest work has been under way, in seconds."""
+        return max(self._threads.oldest_s(), self._runners.oldest_s())
 
     async def predict(self, image: bytes, overlay: bool) -> Prediction:
         """The answer for one uploaded image.

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from bentoml import IODescriptor
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -114,10 +115,14 @@ async def _form(kind: type[Body], content_type: str, body: bytes) -> dict[str, A
     """A multipart body's fields; a file field's value is the file's bytes."""
     most = MAX_IMAGES + 1  # one more, which is then refused by name
     try:
-        parser = _InMemory(Headers({"content-type": content_type}), _once(body), max_files=most, max_fields=4)
+        # Python has charsets in which a little text takes minutes to decode.
+        if parse_options_header(content_type)[1].get(b"charset", b"utf-8").lower() != b"utf-8":
+            raise ValueError
+        headers = Headers({"content-type": content_type})
+        parser = _InMemory(headers, _once(body), max_files=most, max_fields=4, max_part_size=1000)
         form = await parser.parse()
     except (MultiPartException, MultipartParseError, KeyError, ValueError) as error:
-        raise ApiError("malformed", "the body is no multipart form that can be read") from error
+        raise ApiError("malformed", "the body is no multipart form in UTF-8 that can be read") from error
     field = "image" if kind is Image else "images"
     values: dict[str, Any] = {}
     uploads = []

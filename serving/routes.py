@@ -16,6 +16,7 @@ ASKED_PATH = "raresynth.path"
 """Where the path that was asked for lies in a request's ASGI scope. BentoML gets that of the route: its metrics have
 series for each path that it sees."""
 _ARCHIVE = "[0-9a-f]{32}[.]zip"
+_METHODS = {"GET": ("GET", "HEAD"), "POST": ("POST",)}
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ ROUTES = (
         "generate",
         TaskStatus,
         LargeOrder,
-        errors=("too_large", "stopping"),
+        errors=("too_large", "no_space", "stopping"),
         example={**_ORDER, "n": 10_000},
         answer_example=_TASK,
     ),
@@ -122,7 +123,7 @@ ROUTES = (
         "generate",
         BatchResult,
         query=("task_id",),
-        errors=("malformed", "not_found", "no_generator", "no_space"),
+        errors=("malformed", "not_found", "no_generator", "unfinished", "no_space"),
         answer_example={
             "path": "/generated/0f9e6c5d7b8a49e2a1c3d5e7f9b1a3c5.zip",
             "sha256": "b5bb9d80…",
@@ -146,14 +147,16 @@ ROUTES = (
     Route("GET", "/icon.svg", "The page's icon", "public", "image/svg+xml"),
     Route("GET", "/docs.json", "This document", "public"),
     Route("GET", "/schema.json", "Routes as bentoml.SyncHTTPClient reads them", "public"),
-    Route("GET", "/livez", "200 while the process works", "public", "text/plain"),
-    Route("GET", "/readyz", "200 while requests should be sent", "public", "text/plain", errors=("stopping",)),
+    Route("GET", "/livez", "200 while the process works", "public", "text/plain", errors=("not_ready",)),
+    Route(
+        "GET", "/readyz", "200 while requests should be sent", "public", "text/plain", errors=("not_ready", "stopping")
+    ),
     Route("GET", "/metrics", "Metrics for Prometheus", "admin", "text/plain"),
 )
 
 
-def find_route(method: str, path: str) -> tuple[Route | None, bool]:
-    """The route of a method and path, and whether the path is known."""
+def find_route(method: str, path: str) -> tuple[Route | None, list[str]]:
+    """The route of a method and path, and the methods that the path takes: none if it is unknown."""
     at_path = [route for route in ROUTES if route.pattern.fullmatch(path)]
     found = next((route for route in at_path if route.method == ("GET" if method == "HEAD" else method)), None)
-    return found, bool(at_path)
+    return found, [name for route in at_path for name in _METHODS[route.method]]

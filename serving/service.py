@@ -1,5 +1,10 @@
 """The BentoML service: its routes and nothing else."""
 
+import logging
+import os
+import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +13,17 @@ from bentoml.validators import ContentType
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from raresynth.errors import RaresynthError, describe
 from serving.answers import BatchPredictions, BatchResult, Prediction
 from serving.approval import open_approved
+from serving.connections import install
 from serving.drain import Drain
 from serving.errors import answered
 from serving.front import Front
+from serving.metrics import hold_space
 from serving.pages import pages
 from serving.requests import Image, Images, LargeOrder, Order
-from serving.settings import read_settings
+from serving.settings import SERVER, read_settings
 
 Zip = Annotated[Path, ContentType("application/zip")]
 READ_ONLY = pages()
@@ -28,6 +36,8 @@ class Guarded(bentoml.Service):
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """The app that BentoML's worker runs."""
         settings = read_settings()
+        install()
+        hold_space()
         # The deadline is the front's; BentoML's comes later, in case.
         self.config["traffic"] = {
             **self.config.get("traffic", {}),
@@ -54,9 +64,16 @@ class Raresynth:
         from serving.predictions import Classification
 
         settings = read_settings()
-        models = Models(settings)
+        try:
+            models = Models(settings)
+        except RaresynthError as error:  # the parent checked it, so it was changed since
+            if parent := os.environ.get(SERVER):  # which would else start one worker after another
+                logging.getLogger("raresynth.serving").error("cannot serve any more: %s", describe(error))
+                os.kill(int(parent), signal.SIGTERM)
+            raise
         READ_ONLY.state.card = model_card(models, settings.bundle)
         READ_ONLY.state.results_dir = settings.results_dir()
+        self._timeout_s = settings.timeout_s
         self._classification = Classification(models, settings)
         self._generation = Generation(models, settings, READ_ONLY.state.results_dir)
         DRAIN.at_once(self._generation.stop)  # the batches that nobody will be able to fetch
@@ -67,6 +84,23 @@ class Raresynth:
         """Before there is a worker that would die of it."""
         settings = read_settings()
         open_approved(settings.bundle, settings.bundle_sha256)
+
+    @bentoml.on_startup
+    def forget_lost_tasks(self) -> None:
+        """What a worker that died was at would be `in_progress` for ever."""
+        with closing(sqlite3.connect(Path(os.environ["BENTOML_HOME"]) / "task_result.db")) as tasks, tasks:
+            tasks.execute("DELETE FROM result WHERE status = 'in_progress'")
+
+    async def __is_ready__(self) -> bool:
+        """What waits longer was given up by all clients; then whoever asks next would wait in vain too."""
+        return self._oldest_s() < 2 * self._timeout_s
+
+    async def __is_alive__(self) -> bool:
+        """A thread cannot be ended from outside: one that never comes back takes a new process."""
+        return self._oldest_s() < 4 * self._timeout_s
+
+    def _oldest_s(self) -> float:
+        return max(self._classification.oldest_s(), self._generation.oldest_s())
 
     @bentoml.api(input_spec=Image)
     @answered

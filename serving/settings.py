@@ -14,6 +14,8 @@ from raresynth.errors import ParamsError
 
 FILE = "RARESYNTH_SERVING"
 """Environment variable that names the YAML file."""
+SERVER = "RARESYNTH_SERVER"
+"""Environment variable that tells a worker its server's process."""
 PREFIX = "RARESYNTH_SERVING_"
 """RARESYNTH_SERVING_PORT=3001 sets `port`, and so on for every setting; an empty one counts as not set."""
 
@@ -60,10 +62,16 @@ class Settings(BaseModel):
     max_megapixels: Annotated[float, Field(gt=0, le=178)] = 25.0
     """Pixels of one uploaded image, told by its header before it is decoded."""
 
+    max_connections: Count = 512
+    """Open connections, and at most half of the files that the process may open; beyond it those without a request are
+    closed, the oldest first."""
+    head_timeout_s: Seconds = 10.0
+    """Time for a request's first line and headers; then the connection is closed."""
     body_timeout_s: Seconds = 10.0
     """Time for a client to send its body; then the answer is 408."""
     timeout_s: Seconds = 30.0
-    """Time for an answer once the body is there; then the work is dropped and the answer is 504."""
+    """Time for an answer once the body is there; then the work is dropped and the answer is 504. The client has as much
+    again to take it. Work that goes on for twice as long makes /readyz fail, for four times as long /livez too."""
     linger_s: Annotated[float, Field(ge=0)] = 0.0
     """Time after SIGTERM in which requests are still taken, each answer closing its connection: as long as it takes
     until nobody is sent here any more; 0 where nothing spreads the requests."""

@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 
@@ -45,9 +46,9 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def serving(log: Path, **settings: object) -> Iterator[Served]:
+def serving(log: Path, variables: Mapping[str, str] = MappingProxyType({}), **settings: object) -> Iterator[Served]:
     """Start the service and wait until it is ready; ended by Ctrl-C's signal, after which no process may be left."""
-    served = start(log, environment(port=free_port(), **settings))
+    served = start(log, {**environment(port=free_port(), **settings), **variables})
     try:
         wait_until_ready(served)
         yield served

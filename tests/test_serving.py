@@ -287,10 +287,11 @@ def test_unknown_paths_add_no_series(client: httpx.Client) -> None:
 
     client.get("/nowhere")
     client.request("BREW", "/predict")
+    assert client.request("PURGE", "/predict").status_code == 405
     before = series()
     for number in range(20):
         assert error_of(client.get(f"/nowhere/{number}")) == "not_found"
-        assert client.request(f"BREW{number}", "/predict").status_code == 405
+        assert client.request(f"BREW{number}", "/predict").status_code == 400  # no method of HTTP
     assert series() == before
 
 
@@ -319,6 +320,11 @@ def test_a_key_is_needed_that_has_the_scope(served: Served, key: str | None, met
 
 def test_probes_need_no_key(served: Served) -> None:
     assert [httpx.get(f"{served.url}/{path}").status_code for path in ("livez", "readyz", "")] == [200] * 3
+
+
+def test_answers_come_whole_and_say_so(served: Served) -> None:
+    whole = httpx.get(served.url, headers={"Range": "bytes=5-2"})
+    assert whole.status_code == 200 and "accept-ranges" not in whole.headers
 
 
 def test_a_hasty_key_is_told_to_wait_and_others_are_not(served: Served, client: httpx.Client) -> None:

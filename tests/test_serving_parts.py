@@ -3,10 +3,13 @@
 import asyncio
 import hashlib
 import io
+import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +48,7 @@ from serving.requests import MAX_IMAGES, Images, LargeOrder, parse
 from serving.requests import Image as OneImage
 from serving.routes import ROUTES, find_route
 from serving.settings import Settings, read_settings
+from serving.threads import Threads
 from serving.uploads import check_upload, decode_upload
 
 SMALL = Settings(max_image_mb=1, max_megapixels=2)
@@ -247,6 +251,20 @@ def test_an_archive_that_cannot_be_written_is_told_and_leaves_nothing(accepted_b
     assert len(list(tmp_path.iterdir())) == 2, "the oldest is deleted"
 
 
+def test_archives_are_kept_by_their_order_whatever_the_clock_says(accepted_bundle: Path, tmp_path: Path) -> None:
+    models = Models(Settings(bundle=accepted_bundle))
+    (tmp_path / f".{'a' * 32}.zip").write_bytes(b"a worker died over it")
+    (tmp_path / f"{'b' * 32}.zip").write_bytes(b"a worker left it")
+    generation = Generation(models, Settings(kept_results=2), tmp_path)
+    made = []
+    for _ in range(3):
+        result = asyncio.run(generation.batch(LargeOrder(label="vascular", n=1)))
+        made.append(Path(result.path).name)
+        dated = 2e9 - len(made)  # the clock goes back
+        os.utime(tmp_path / made[-1], (dated, dated))
+    assert {path.name for path in tmp_path.iterdir()} == set(made[1:])
+
+
 # How it is watched
 
 
@@ -411,6 +429,36 @@ def test_too_many_are_refused_and_a_failed_batch_fails_alone() -> None:
     assert [error.code for error in answers[5:] if isinstance(error, ApiError)] == ["overloaded"] * 2
 
 
+def test_threads_tell_how_long_their_oldest_work_is_under_way() -> None:
+    now = 100.0
+    go_on = threading.Event()
+    with Threads(1, "test", lambda: now) as threads:
+        assert threads.oldest_s() == 0
+        stuck = threads.submit(go_on.wait, 10)
+        now = 103.0
+        waiting = [threads.submit(int) for _ in range(3)]
+        now = 110.0
+        assert threads.oldest_s() == 10
+        assert waiting[0].cancel() and threads.oldest_s() == 10
+        go_on.set()
+        assert stuck.result(5) and waiting[2].result(5) == 0
+        assert threads.oldest_s() == 0
+
+
+def test_work_that_no_thread_takes_up_is_told_too() -> None:
+    now = 0.0
+    go_on = threading.Event()
+    with Threads(1, "test", lambda: now) as threads:
+        threads.submit(go_on.wait, 10)
+        given_up = threads.submit(int)
+        now = 60.0
+        given_up.cancel()  # as a request that ran out of time does
+        later = threads.submit(int)
+        now = 61.0
+        assert threads.oldest_s() == 61 and not later.done()
+        go_on.set()
+
+
 # The front, before an app that does as it is told
 
 
@@ -452,6 +500,25 @@ def test_an_answer_that_takes_too_long_is_dropped() -> None:
     assert error_of(response) == "timeout" and ended == ["dropped"]
 
 
+def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = itertools.cycle([-1e9, 0.0, 1e9, 5e8])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    ended: list[str] = []
+    response = asked(slow_app(ended), Settings(timeout_s=0.05), "POST", "/generate", **ORDER)
+    assert error_of(response) == "timeout" and ended == ["dropped"]
+
+    async def ask_often() -> list[int]:
+        front = Front(JSONResponse({}), Settings(requests_per_minute=1, burst=2))
+        transport = httpx.ASGITransport(front, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return [(await client.get("/model")).status_code for _ in range(4)]
+
+    assert asyncio.run(ask_often()) == [200, 200, 429, 429]
+    with ThreadPoolExecutor(1) as threads:
+        batcher = Batcher[int, int](list, threads, max_batch=2, max_waiting=9, parallel=1, tell_waiting=lambda _: None)
+        assert gather(batcher, range(5)) == [0, 1, 2, 3, 4]
+
+
 def test_the_work_for_a_client_that_goes_away_is_dropped() -> None:
     ended: list[str] = []
 
@@ -479,7 +546,8 @@ def test_errors_of_any_kind_come_in_one_format() -> None:
 
     response = asked(crashing, Settings(), "POST", "/generate", **ORDER)
     assert error_of(response) == "internal" and "secret" not in response.text
-    for status, code in ((400, "malformed"), (404, "not_found"), (500, "internal"), (503, "overloaded")):
+    assert error_of(asked(crashing, Settings(), "GET", "/model")) == "internal"
+    for status, code in ((400, "malformed"), (404, "not_found"), (500, "internal"), (503, "not_ready")):
         response = asked(
             JSONResponse({"error": "as BentoML says it"}, status), Settings(), "POST", "/generate", **ORDER
         )
@@ -589,27 +657,35 @@ def test_under_overload_the_answer_is_a_503_that_says_when_to_come_back() -> Non
 
 
 def test_bodies_together_may_not_fill_the_memory() -> None:
-    async def scenario() -> list[int]:
+    async def scenario(came: int) -> list[int]:
         front = Front(JSONResponse({}), Settings(max_buffered_mb=1, max_body_mb=1, body_timeout_s=0.2))
         sent = {"host": "127.0.0.1", "content-type": "multipart/form-data; boundary=x", "content-length": "600000"}
         headers = [(name.encode(), value.encode()) for name, value in sent.items()]
         scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "server": ("127.0.0.1", 1)}
         statuses: list[int] = []
 
-        async def never() -> dict[str, object]:
-            await asyncio.sleep(30)
-            raise AssertionError
+        def client() -> Receive:
+            messages: list[dict[str, object]] = [{"type": "http.request", "body": bytes(came), "more_body": True}]
+
+            async def receive() -> dict[str, object]:
+                if not messages:
+                    await asyncio.sleep(30)
+                return messages.pop()
+
+            return receive
 
         async def send(message: dict[str, object]) -> None:
             if "status" in message:
                 statuses.append(int(str(message["status"])))
 
-        await asyncio.gather(*(front(dict(scope), never, send) for _ in range(2)))  # type: ignore[arg-type]
-        await front(dict(scope), never, send)  # type: ignore[arg-type]
+        await asyncio.gather(*(front(dict(scope), client(), send) for _ in range(2)))  # type: ignore[arg-type]
+        await front(dict(scope), client(), send)  # type: ignore[arg-type]
         return statuses
 
-    # The first body never comes, and the second would not fit beside it; once it is given up, there is room again.
-    assert sorted(asyncio.run(scenario())) == [408, 408, 503]
+    # The rest of the first body never comes, and the second does not fit beside what came of it; once it is given up,
+    # there is room again.
+    assert sorted(asyncio.run(scenario(500_000))) == [408, 408, 503]
+    assert sorted(asyncio.run(scenario(1000))) == [408] * 3, "what is promised and not sent is in nobody's way"
 
 
 # What is documented
@@ -629,7 +705,7 @@ def test_the_document_covers_every_route_and_only_routes_are_found() -> None:
                 Draft202012Validator(schema).validate(asked["example"])
     assert find_route("GET", "/generated/" + "a" * 32 + ".zip")[0] is not None
     for path in ("/generated/../bundle.json", "/generated/.x.zip", "/docsXjson", "/predict/", "/generate_batch/cancel"):
-        assert find_route("GET", path) == (None, False)
+        assert find_route("GET", path) == (None, [])
 
 
 def test_importing_the_service_loads_no_models_and_no_torch() -> None:
