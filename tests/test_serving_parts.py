@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -22,7 +23,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from PIL import Image
 from serving_images import animated, bad_uploads, encoded
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from raresynth import lineage
@@ -631,6 +632,42 @@ def test_what_a_task_does_after_its_answer_has_no_deadline_and_takes_no_place() 
         return statuses.count(200), gone_on.is_set()
 
     assert asyncio.run(scenario()) == (2, True)
+
+
+def test_a_large_answer_goes_in_pieces_and_waits_for_its_client_only_so_long() -> None:
+    content = np.random.default_rng(0).bytes(1_000_000)
+
+    async def scenario() -> tuple[list[bytes], list[bytes]]:
+        front = Front(Response(content), Settings(timeout_s=0.1, max_requests=1))
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "headers": headers, "server": ("127.0.0.1", 1)}
+
+        def client(taken: list[bytes], takes: int) -> tuple[Receive, Send]:
+            messages: list[dict[str, object]] = [{"type": "http.request", "body": b'{"label": "a"}'}]
+
+            async def receive() -> dict[str, object]:
+                if not messages:
+                    await asyncio.sleep(30)
+                return messages.pop()
+
+            async def send(message: MutableMapping[str, Any]) -> None:
+                if len(taken) == takes:
+                    await asyncio.sleep(30)
+                if message["type"] == "http.response.body":
+                    taken.append(message["body"])
+
+            return receive, send
+
+        slow: list[bytes] = []
+        quick: list[bytes] = []
+        async with asyncio.timeout(5):
+            await front(dict(scope), *client(slow, 2))
+            await front(dict(scope), *client(quick, 100))  # the one place is free again
+        return slow, quick
+
+    slow, quick = asyncio.run(scenario())
+    assert b"".join(quick) == content and max(map(len, quick)) <= 262_144
+    assert slow == quick[:2]
 
 
 def test_under_overload_the_answer_is_a_503_that_says_when_to_come_back() -> None:
