@@ -213,16 +213,27 @@ def test_bentos_own_client_speaks_to_it(served: Served, tmp_path: Path) -> None:
 
 
 def test_the_examples_of_the_documentation_run(served: Served, tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "serving.md").read_text()
-    examples = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+    run_examples(ROOT / "docs" / "serving.md", served, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_readme_run(accepted_bundle: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", bundle=accepted_bundle) as without_keys:
+        run_examples(ROOT / "README.md", without_keys, tmp_path)
+
+
+def run_examples(page: Path, served: Served, tmp_path: Path) -> None:
+    """Run a page's examples as they stand, but for the service's address, and look at what they left."""
+    examples = re.findall(r"```(bash|python)\n(.*?)```", page.read_text(), re.DOTALL)
     assert [kind for kind, _ in examples] == ["bash", "python"]
     (tmp_path / "lesion.jpg").write_bytes(encoded())
     (tmp_path / "README.md").write_text("no image")
     variables = environment() | {"URL": served.url, "KEY": "key-of-all"}
     for kind, example in examples:
         command = ["bash", "-euo", "pipefail", "-c"] if kind == "bash" else [sys.executable, "-c"]
+        command.append(example.replace("http://127.0.0.1:3000", served.url))
         done = subprocess.run(
-            [*command, example], env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+            command, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, done.stderr
     for name, n in (("synthetic.zip", 16), ("from-python.zip", 4)):
