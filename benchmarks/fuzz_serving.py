@@ -1,6 +1,6 @@
 """Ten thousand hostile requests at a running service: what it answers, and whether it lives on.
 
-    python -P benchmarks/fuzz_serving.py --bundle runs/demo/bundle --out fuzz.json
+    python -m benchmarks.fuzz_serving --bundle runs/demo/bundle --out fuzz.json
 
 Half of them are schemathesis's, from the service's OpenAPI document, in all its phases; the others come from
 tests/serving_fuzz.py: mutated and heavy images, broken forms, odd JSON and what is hardly HTTP. Every answer is
