@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from serving import metrics
 from serving.errors import ApiError
-from serving.exchange import RETRY_S, SECURITY
+from serving.exchange import RETRY_S, mark
 from serving.settings import Settings
 
 LARGEST_HEAD = 65_536
@@ -131,7 +131,8 @@ class Connection(HttpToolsProtocol):
         metrics.rejected.labels(error.code).inc()
         if not self._drop_answer():  # else it would stand in the middle of that
             response = error.response(request_id := uuid.uuid4().hex)
-            response.headers.update({"X-Request-ID": request_id, **SECURITY, "Connection": "close"})
+            mark(response.headers, request_id)
+            response.headers["Connection"] = "close"
             lines = [b"HTTP/1.1 %d Refused" % response.status_code]
             lines += [name + b": " + value for name, value in response.raw_headers]
             self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))

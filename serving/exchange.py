@@ -39,6 +39,13 @@ _SAID_BY_BENTOML = {
 log = logging.getLogger("raresynth.serving")
 
 
+def mark(headers: MutableHeaders, request_id: str) -> None:
+    """Give an answer what every one has; only those that say otherwise may be kept by caches."""
+    headers["X-Request-ID"] = request_id
+    headers.update(SECURITY)
+    headers.setdefault("Cache-Control", "no-store")
+
+
 class Exchange:
     """One request and its answer.
 
@@ -114,9 +121,7 @@ class Exchange:
     async def _begin(self, start: Message) -> None:
         self.status, self._answered = start["status"], time.perf_counter()
         headers = MutableHeaders(raw=list(start["headers"]))
-        headers["X-Request-ID"] = self.request_id
-        headers.update(SECURITY)
-        headers.setdefault("Cache-Control", "no-store")
+        mark(headers, self.request_id)
         if self._drain.begun:
             headers["Connection"] = "close"
         del headers["server"], headers["accept-ranges"]

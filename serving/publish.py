@@ -19,13 +19,14 @@ def publish(bundle: Path, folder: Path) -> str:
     names = [*open_approved(bundle).files, "bundle.json", DIGEST]
     sha256 = sha256_file(bundle / "bundle.json")
     target = folder / sha256
-    if not target.exists():
+    if target.exists():
+        open_approved(target, sha256)
+    else:
         with new_dir(target) as unfinished:
             for name in names:
                 (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(bundle / name, unfinished / name)
             open_approved(unfinished, sha256)
-    open_approved(target, sha256)
     return sha256
 
 
