@@ -5,6 +5,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from raresynth.errors import RaresynthError, describe
 from serving.settings import PREFIX, SERVER, Settings, read_settings
@@ -20,17 +21,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         settings = read_settings()
-        if settings.work_dir is not None:
-            settings.work_dir.mkdir(parents=True, exist_ok=True)
-            return _serve(settings, settings.work_dir)
-        with tempfile.TemporaryDirectory(prefix="raresynth-") as work_dir:
-            return _serve(settings, Path(work_dir))
+        with tempfile.TemporaryDirectory(prefix="raresynth-") as private:
+            work_dir = settings.work_dir or Path(private) / "work"
+            work_dir.mkdir(parents=True, exist_ok=True)
+            return _serve(settings, work_dir, Path(private))
     except (RaresynthError, OSError) as error:
         print(f"cannot serve: {describe(error)}", file=sys.stderr)
         return 2
 
 
-def _serve(settings: Settings, work_dir: Path) -> int:
+def _serve(settings: Settings, work_dir: Path, private: Path) -> int:
     os.environ |= {
         PREFIX + "WORK_DIR": str(work_dir),
         SERVER: str(os.getpid()),
@@ -42,6 +42,7 @@ def _serve(settings: Settings, work_dir: Path) -> int:
     }
     from bentoml_cli.cli import cli
 
+    _control_from(private)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"raresynth at http://{host}:{settings.port}/ serves {settings.bundle}; Ctrl-C ends it", flush=True)
     arguments = ["serve", "serving.service:Raresynth", "--host", settings.host, "--port", str(settings.port)]
@@ -49,6 +50,22 @@ def _serve(settings: Settings, work_dir: Path) -> int:
     arguments += ["--timeout-keep-alive", str(KEEP_ALIVE_S)]
     cli.main(arguments, prog_name="bentoml", standalone_mode=False)
     return 0
+
+
+def _control_from(folder: Path) -> None:
+    """Let the supervisor of the worker be reached through files in `folder` alone.
+
+    It does what it is told there, starting any program included. BentoML has it listen on two ports of loopback, where
+    every user of the machine can tell it, and which may by chance be the service's own.
+    """
+    from bentoml._internal.utils import circus
+
+    plain = circus.Arbiter
+
+    def arbiter(watchers: list[Any], endpoint: str, pubsub_endpoint: str, **options: Any) -> Any:
+        return plain(watchers, f"ipc://{folder}/control", f"ipc://{folder}/events", **options)
+
+    circus.Arbiter = arbiter
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import httpx
 import pytest
 import yaml
 from kubernetes_schema import Document, build, check, of_kind, selects
+from ports import free_port
 from prometheus_client import REGISTRY
 from serving_images import encoded
 from serving_process import environment as environment_of_tests
-from serving_process import free_port, start, wait_until_ready
+from serving_process import start, wait_until_ready
 
 from raresynth.errors import CheckpointError
 from serving import metrics

@@ -22,9 +22,10 @@ import httpx
 import pytest
 import yaml
 from kubernetes_schema import Document, ManifestError, build, check
+from ports import free_port
 from prometheus_client import REGISTRY
 from serving_images import bad_uploads, encoded
-from serving_process import ROOT, Served, free_port, serving
+from serving_process import ROOT, Served, serving
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 

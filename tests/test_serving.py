@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import yaml
 from bentoml import SyncHTTPClient
@@ -448,6 +449,13 @@ def test_nothing_of_an_image_is_logged_or_kept(served: Served, client: httpx.Cli
     database = b"".join(path.read_bytes() for path in (work / "bentoml").glob("task_result.db*"))
     assert b"generate_batch" in database and b"key-of" not in database
     assert {path.suffix for path in work.rglob("*") if path.is_file()} <= {".db", ".db-wal", ".db-shm", ".zip"}
+
+
+def test_the_service_listens_on_its_own_port_alone(served: Served) -> None:
+    # The supervisor's orders come through files that only its own user can open.
+    processes = [psutil.Process(served.process.pid), psutil.Process(served.worker())]
+    listening = {(c.laddr.ip, c.laddr.port) for p in processes for c in p.net_connections() if c.status == "LISTEN"}
+    assert listening == {("127.0.0.1", served.port)}
 
 
 def test_a_killed_worker_is_replaced(served: Served, client: httpx.Client) -> None:

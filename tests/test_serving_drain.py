@@ -17,8 +17,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from ports import free_port
 from serving_images import encoded
-from serving_process import Served, environment, free_port, start, wait_until_ready
+from serving_process import Served, environment, start, wait_until_ready
 
 from raresynth.bundle.contents import open_bundle, write_bundle_json
 from raresynth.bundle.predictor import Predictor

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from ports import free_port
 
 from raresynth import flow
 from raresynth.audit.walk import Subject, audit
@@ -319,9 +320,7 @@ def in_s3(s3: None, tmp_path_factory: pytest.TempPathFactory) -> Origin:
 @pytest.fixture(scope="module")
 def gcs(as_in_a_container: pytest.MonkeyPatch) -> Iterator[None]:
     """A server that speaks Google Cloud Storage's protocol, with one bucket, `images`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     emulator = Path(sys.executable).with_name("gcp-storage-emulator")
     command = [emulator, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket=images"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
