@@ -19,7 +19,7 @@ from serving.errors import ApiError
 from serving.outliers import Outliers
 from serving.settings import Settings
 
-TELL_EVERY = 25
+TELL_EVERY = 100
 """Images after which the figures of drift are taken anew: that costs about as much as one image."""
 
 
