@@ -5,7 +5,8 @@
 For every class, and for the set as a whole, raresynth's KID minus each other preset's, on the test split's reals and
 500 images a generator, none rejected. The 95 % interval takes in the reals (jackknife by lesion) and the seeds
 (Student's t, degrees of freedom after Welch and Satterthwaite). "At best" is half its width if seeds did not scatter:
-no number of seeds can go below it, since the reals stay as few as they are.
+no number of seeds can go below it, since the reals stay as few as they are. The last table has the train images in
+raresynth's place: what a perfect generator would reach.
 """
 
 import argparse
@@ -30,6 +31,7 @@ IMAGES = 500
 SEED = 7
 OURS, *OTHERS = PRESETS
 WHOLE = "whole set"
+MINUS = " | ".join(f"minus {preset}" for preset in OTHERS)
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,8 @@ def main() -> None:
     seeds = series.seeds()
     print(f"{len(seeds)} seeds, {args.split} split, encoder {series.encoder.sha256[:16]}\n")
     print_runs(series, seeds)
-    others = " | ".join(f"KID, {p}" for p in OTHERS)
-    differences = " | ".join(f"minus {p}" for p in OTHERS)
-    print(f"| class | reals | KID, {OURS} | {others} | {differences} |\n|---|---|---|{'---|' * 2 * len(OTHERS)}")
-    for label in (*series.labels, WHOLE):
-        real = series.reals(label, args.split)
-        sets = {preset: [series.fakes(preset, seed, label) for seed in seeds] for preset in PRESETS}
-        kids = [np.mean([kernel_distance(real.features, f, real.groups) for f in sets[preset]]) for preset in PRESETS]
-        against = [paired_difference(real, sets[OURS], sets[preset]) for preset in OTHERS]
-        cells = [*(f"{kid:.3f}" for kid in kids), *map(str, against)]
-        print(f"| {label} | {len(real.features)} | {' | '.join(cells)} |", flush=True)
+    print_distances(series, seeds, args.split)
+    print_floor(series, seeds, args.split)
 
 
 def print_runs(series: Series, seeds: list[int]) -> None:
@@ -165,6 +159,30 @@ def print_runs(series: Series, seeds: list[int]) -> None:
             f"| {minutes:.0f} | {max(t['peak_memory_mb'] for of_run in times for t in of_run):,} | {nans} |"
         )
     print()
+
+
+def print_distances(series: Series, seeds: list[int], split: str) -> None:
+    """KID of every preset, and ours minus the others'."""
+    others = " | ".join(f"KID, {p}" for p in OTHERS)
+    print(f"| class | reals | KID, {OURS} | {others} | {MINUS} |\n|---|---|---|{'---|' * 2 * len(OTHERS)}")
+    for label in (*series.labels, WHOLE):
+        real = series.reals(label, split)
+        sets = {preset: [series.fakes(preset, seed, label) for seed in seeds] for preset in PRESETS}
+        kids = [np.mean([kernel_distance(real.features, f, real.groups) for f in sets[preset]]) for preset in PRESETS]
+        against = [paired_difference(real, sets[OURS], sets[preset]) for preset in OTHERS]
+        cells = [*(f"{kid:.3f}" for kid in kids), *map(str, against)]
+        print(f"| {label} | {len(real.features)} | {' | '.join(cells)} |", flush=True)
+
+
+def print_floor(series: Series, seeds: list[int], split: str) -> None:
+    """The same with the train images in the place of ours: what a generator could reach that draws nothing else."""
+    print(f"\n| class | KID, train images | {MINUS} |\n|---|---|{'---|' * len(OTHERS)}")
+    for label in (*series.labels, WHOLE):
+        real, train = series.reals(label, split), series.reals(label, "train").features
+        kid = kernel_distance(real.features, train, real.groups)
+        fakes = [[series.fakes(preset, seed, label) for seed in seeds] for preset in OTHERS]
+        against = [paired_difference(real, [train] * len(seeds), theirs) for theirs in fakes]
+        print(f"| {label} | {kid:.3f} | {' | '.join(map(str, against))} |", flush=True)
 
 
 if __name__ == "__main__":
