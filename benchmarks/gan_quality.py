@@ -11,6 +11,7 @@ raresynth's place: what a perfect generator would reach.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,8 +101,8 @@ class Series:
     def place(self, preset: str, seed: int, label: str) -> Path:
         return folder(self.out, preset, seed) / label
 
-    def reals(self, label: str, split: str) -> Reals:
-        frame = self.manifest[self.manifest["split"] == split]
+    def reals(self, label: str, splits: Sequence[str]) -> Reals:
+        frame = self.manifest[self.manifest["split"].isin(splits)]
         frame = frame if label == WHOLE else frame[frame["label"] == label]
         pixels = load_images(frame, self.inputs.data_dir, self.encoder.resolution, self.inputs.packed)
         return Reals(self.encoder.features(pixels), group_numbers(frame))
@@ -132,12 +133,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--series", type=Path, required=True)
-    parser.add_argument("--split", choices=["test", "val"], default="test", help="val for tuning")
+    splits = parser.add_argument("--split", choices=["test", "val", "train"], nargs="+", default=["test"])
+    splits.help = "whose reals; val for tuning"
     args = parser.parse_args()
     torch.set_num_threads(1)
     series = Series(Inputs(args.run, args.data), args.series)
     seeds = series.seeds()
-    print(f"{len(seeds)} seeds, {args.split} split, encoder {series.encoder.sha256[:16]}\n")
+    print(f"{len(seeds)} seeds, {' + '.join(args.split)} split, encoder {series.encoder.sha256[:16]}\n")
     print_runs(series, seeds)
     print_distances(series, seeds, args.split)
     print_floor(series, seeds, args.split)
@@ -161,24 +163,30 @@ def print_runs(series: Series, seeds: list[int]) -> None:
     print()
 
 
-def print_distances(series: Series, seeds: list[int], split: str) -> None:
+def print_distances(series: Series, seeds: list[int], splits: Sequence[str]) -> None:
     """KID of every preset, and ours minus the others'."""
     others = " | ".join(f"KID, {p}" for p in OTHERS)
     print(f"| class | reals | KID, {OURS} | {others} | {MINUS} |\n|---|---|---|{'---|' * 2 * len(OTHERS)}")
+    found: dict[str, list[Difference]] = {}
     for label in (*series.labels, WHOLE):
-        real = series.reals(label, split)
+        real = series.reals(label, splits)
         sets = {preset: [series.fakes(preset, seed, label) for seed in seeds] for preset in PRESETS}
         kids = [np.mean([kernel_distance(real.features, f, real.groups) for f in sets[preset]]) for preset in PRESETS]
-        against = [paired_difference(real, sets[OURS], sets[preset]) for preset in OTHERS]
+        against = found[label] = [paired_difference(real, sets[OURS], sets[preset]) for preset in OTHERS]
         cells = [*(f"{kid:.3f}" for kid in kids), *map(str, against)]
         print(f"| {label} | {len(real.features)} | {' | '.join(cells)} |", flush=True)
+    for of_preset, preset in zip(zip(*found.values(), strict=True), OTHERS, strict=True):
+        *ahead, whole = (difference.high < 0 for difference in of_preset)
+        *these, whole_of_these = (difference.value + difference.of_reals < 0 for difference in of_preset)
+        print(f"\nAgainst {preset} on our side: {sum(ahead)} of {len(ahead)} classes{', whole set' * whole}", end="")
+        print(f"; of these runs alone, were there no other seeds: {sum(these)}{', whole set' * whole_of_these}")
 
 
-def print_floor(series: Series, seeds: list[int], split: str) -> None:
+def print_floor(series: Series, seeds: list[int], splits: Sequence[str]) -> None:
     """The same with the train images in the place of ours: what a generator could reach that draws nothing else."""
     print(f"\n| class | KID, train images | {MINUS} |\n|---|---|{'---|' * len(OTHERS)}")
     for label in (*series.labels, WHOLE):
-        real, train = series.reals(label, split), series.reals(label, "train").features
+        real, train = series.reals(label, splits), series.reals(label, ["train"]).features
         kid = kernel_distance(real.features, train, real.groups)
         fakes = [[series.fakes(preset, seed, label) for seed in seeds] for preset in OTHERS]
         against = [paired_difference(real, [train] * len(seeds), theirs) for theirs in fakes]
