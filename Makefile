@@ -28,7 +28,7 @@ BUNDLE := runs/demo/bundle
 compile: .venv/ready
 	@python -P -m pipelines.compile --params params.yaml --out pipelines/compiled
 
-# Such as: make submit HOST=http://localhost:8080 ARGS="revision=main classes='[\"df\"]' --wait"
+# Such as: make submit HOST=http://localhost:8080 ARGS="repository=URL revision=main classes='[\"df\"]' --wait"
 submit: .venv/ready
 	@raresynth submit $(if $(HOST),--host $(HOST)) $(PACKAGE) $(ARGS)
 PACKAGE := pipelines/compiled/augmentation-cpu.yaml

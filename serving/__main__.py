@@ -7,12 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from raresynth.errors import RaresynthError, describe
-from serving.settings import PREFIX, SERVER, Settings, read_settings
+from raresynth.errors import ParamsError, RaresynthError, describe
+from serving.settings import FILE, PREFIX, SERVER, Settings, read_settings
 
 ROOT = Path(__file__).parents[1]
 KEEP_ALIVE_S = 75
 """Time that an idle connection stays open: longer than proxies keep theirs, which may else ask on one as it closes."""
+_LONGEST_FOLDER = 90
+"""A socket's path may have 103 bytes (macOS; 107 on Linux)."""
 
 
 def main() -> int:
@@ -31,11 +33,16 @@ def main() -> int:
 
 
 def _serve(settings: Settings, work_dir: Path, private: Path) -> int:
+    paths = {"WORK_DIR": work_dir, "BUNDLE": settings.bundle, "KEYS_FILE": settings.keys_file}
+    # The worker works in another folder.
+    absolute = {PREFIX + name: str(path.absolute()) for name, path in paths.items() if path}
+    if named := os.environ.get(FILE):
+        absolute[FILE] = str(Path(named).absolute())
     os.environ |= {
-        PREFIX + "WORK_DIR": str(work_dir),
+        **absolute,
         SERVER: str(os.getpid()),
         # Two servers that shared it would wipe each other's metrics and tasks.
-        "BENTOML_HOME": str(work_dir / "bentoml"),
+        "BENTOML_HOME": str(work_dir.absolute() / "bentoml"),
         "BENTOML_DO_NOT_TRACK": "True",
         # The graphs' threads are set one by one; numpy's own would only get in their way.
         "OMP_NUM_THREADS": "1",
@@ -57,9 +64,14 @@ def _control_from(folder: Path) -> None:
 
     It does what it is told there, starting any program included. BentoML has it listen on two ports of loopback, where
     every user of the machine can tell it, and which may by chance be the service's own.
+
+    Raises:
+        ParamsError: the folder's path is too long for a socket.
     """
     from bentoml._internal.utils import circus
 
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        raise ParamsError(f"{folder} is too long a path for a socket; set TMPDIR to a shorter one, such as /tmp")
     plain = circus.Arbiter
 
     def arbiter(watchers: list[Any], endpoint: str, pubsub_endpoint: str, **options: Any) -> Any:

@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from serving.connections import install
 from serving.drain import Drain
 from serving.errors import answered
 from serving.front import Front
+from serving.keys import Keys
 from serving.metrics import hold_space
 from serving.pages import pages
 from serving.requests import Image, Images, LargeOrder, Order
@@ -29,6 +31,18 @@ from serving.settings import SERVER, read_settings
 Zip = Annotated[Path, ContentType("application/zip")]
 READ_ONLY = pages()
 DRAIN = Drain()
+
+
+@contextmanager
+def _or_never_again() -> Iterator[None]:
+    """End the whole service, which would else start one worker after another: its parent had checked this."""
+    try:
+        yield
+    except RaresynthError as error:
+        if parent := os.environ.get(SERVER):
+            logging.getLogger("raresynth.serving").error("cannot serve any more: %s", describe(error))
+            os.kill(int(parent), signal.SIGTERM)
+        raise
 
 
 class Guarded(bentoml.Service):
@@ -44,7 +58,8 @@ class Guarded(bentoml.Service):
             **self.config.get("traffic", {}),
             "timeout": settings.timeout_s + settings.body_timeout_s,
         }
-        return Front(super().to_asgi(is_main), settings, drain=DRAIN)
+        with _or_never_again():
+            return Front(super().to_asgi(is_main), settings, drain=DRAIN)
 
 
 @bentoml.service(
@@ -65,13 +80,8 @@ class Raresynth:
         from serving.predictions import Classification
 
         settings = read_settings()
-        try:
+        with _or_never_again():
             models = Models(settings)
-        except RaresynthError as error:  # the parent checked it, so it was changed since
-            if parent := os.environ.get(SERVER):  # which would else start one worker after another
-                logging.getLogger("raresynth.serving").error("cannot serve any more: %s", describe(error))
-                os.kill(int(parent), signal.SIGTERM)
-            raise
         READ_ONLY.state.card = model_card(models, settings.bundle)
         READ_ONLY.state.results_dir = settings.results_dir()
         self._timeout_s = settings.timeout_s
@@ -84,10 +94,12 @@ class Raresynth:
 
     @bentoml.on_deployment
     @staticmethod
-    def refuse_what_is_not_approved() -> None:
+    def refuse_what_cannot_be_served() -> None:
         """Before there is a worker that would die of it."""
         settings = read_settings()
         open_approved(settings.bundle, settings.bundle_sha256)
+        if settings.keys_file:
+            Keys(settings.keys_file)
 
     @bentoml.on_startup
     def forget_lost_tasks(self) -> None:

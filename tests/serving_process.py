@@ -40,9 +40,11 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def serving(log: Path, variables: Mapping[str, str] = MappingProxyType({}), **settings: object) -> Iterator[Served]:
+def serving(
+    log: Path, variables: Mapping[str, str] = MappingProxyType({}), cwd: Path = ROOT, **settings: object
+) -> Iterator[Served]:
     """Start the service and wait until it is ready; ended by Ctrl-C's signal, after which no process may be left."""
-    served = start(log, {**environment(port=free_port(), **settings), **variables})
+    served = start(log, {**environment(port=free_port(), **settings), **variables}, cwd)
     try:
         wait_until_ready(served)
         yield served
@@ -55,11 +57,11 @@ def serving(log: Path, variables: Mapping[str, str] = MappingProxyType({}), **se
             raise
 
 
-def start(log: Path, variables: dict[str, str]) -> Served:
+def start(log: Path, variables: dict[str, str], cwd: Path = ROOT) -> Served:
     """Start the service with an environment, and leave it to itself."""
     command = [sys.executable, "-P", "-m", "serving"]
     with log.open("w") as out:
-        process = subprocess.Popen(command, env=variables, cwd=ROOT, stdout=out, stderr=out, text=True)
+        process = subprocess.Popen(command, env=variables, cwd=cwd, stdout=out, stderr=out, text=True)
     port = int(variables["RARESYNTH_SERVING_PORT"])
     return Served(f"http://127.0.0.1:{port}", port, process, log)
 

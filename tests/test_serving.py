@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -465,14 +466,27 @@ def test_a_killed_worker_is_replaced(served: Served, client: httpx.Client) -> No
     assert client.post("/predict", files={"image": ("a.jpg", encoded())}).status_code == 200
 
 
+def test_paths_may_be_told_from_where_the_service_is_started(accepted_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(accepted_bundle, tmp_path / "mine")
+    key = {"sha256": hashlib.sha256(b"key").hexdigest(), "scopes": ["admin"]}
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"me": key}))
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({"bundle": "mine", "keys_file": "keys.yaml"}))
+    variables = {"RARESYNTH_SERVING": "settings.yaml", "PYTHONPATH": str(ROOT)}
+    with serving(tmp_path / "log", variables, cwd=tmp_path, work_dir="work") as service:
+        card = httpx.get(f"{service.url}/model", headers={"Authorization": "Bearer key"})
+        assert card.status_code == 200
+    assert (tmp_path / "work" / "bentoml").is_dir()
+
+
 # What is not served at all
 
 
-@pytest.mark.parametrize("fault", ["flipped", "missing", "unapproved", "another", "open"])
+@pytest.mark.parametrize("fault", ["flipped", "missing", "unapproved", "another", "open", "keyless", "deep"])
 def test_what_may_not_be_served_is_refused_in_one_sentence(accepted_bundle: Path, tmp_path: Path, fault: str) -> None:
     bundle = tmp_path / "bundle"
     shutil.copytree(accepted_bundle, bundle)
     settings: dict[str, object] = {"bundle": bundle}
+    temporary = Path(tempfile.gettempdir())
     match fault:
         case "flipped":
             path = bundle / "classifier" / "model.onnx"
@@ -491,9 +505,14 @@ def test_what_may_not_be_served_is_refused_in_one_sentence(accepted_bundle: Path
             settings["bundle_sha256"] = "0" * 64
         case "open":
             settings["host"] = "0.0.0.0"
+        case "keyless":
+            settings["keys_file"] = bundle / "bundle.json"
+        case "deep":
+            temporary = tmp_path / ("d" * 90)
+            temporary.mkdir()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "serving"],
-        env=environment(**settings),
+        env=environment(**settings) | {"TMPDIR": str(temporary)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -508,5 +527,7 @@ def test_what_may_not_be_served_is_refused_in_one_sentence(accepted_bundle: Path
         "unapproved": f"generator of {LABEL} was rejected",
         "another": "another bundle",
         "open": "API keys are needed",
+        "keyless": "is no file of API keys",
+        "deep": "set TMPDIR to a shorter one",
     }[fault]
     assert line.startswith("cannot serve: ") and reason in line

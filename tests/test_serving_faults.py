@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from serving_images import encoded
 from serving_process import ROOT, Served, environment, serving, wait_until_ready
@@ -296,6 +297,17 @@ def test_a_bundle_that_is_changed_while_it_is_served_is_served_on_and_not_again(
         assert refused.returncode == 2 and "missing or was changed" in refused.stderr
         os.kill(service.worker(), signal.SIGKILL)
         assert service.process.wait(60) is not None, "a worker that may not start again ends the service"
+
+
+@pytest.mark.slow
+def test_keys_that_were_lost_end_the_service_with_its_worker(accepted_bundle: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(yaml.safe_dump({"me": {"sha256": "0" * 64, "scopes": ["predict"]}}))
+    with serving(tmp_path / "log", bundle=accepted_bundle, keys_file=keys) as service:
+        keys.unlink()
+        os.kill(service.worker(), signal.SIGKILL)
+        assert service.process.wait(60) is not None
+        assert "cannot serve any more" in service.log.read_text()
 
 
 @contextmanager
