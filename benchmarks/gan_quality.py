@@ -84,7 +84,7 @@ class Series:
         self.inputs, self.out = inputs, out
         self.encoder = Encoder.load(inputs.encoder)
         self.manifest = read_manifest(inputs.manifest)
-        self.fakes = cache(self._fakes)
+        self.fakes, self.reals = cache(self._fakes), cache(self._reals)
 
     def seeds(self) -> list[int]:
         """Those for which every preset is trained to the end."""
@@ -101,7 +101,7 @@ class Series:
     def place(self, preset: str, seed: int, label: str) -> Path:
         return folder(self.out, preset, seed) / label
 
-    def reals(self, label: str, splits: Sequence[str]) -> Reals:
+    def _reals(self, label: str, *splits: str) -> Reals:
         frame = self.manifest[self.manifest["split"].isin(splits)]
         frame = frame if label == WHOLE else frame[frame["label"] == label]
         pixels = load_images(frame, self.inputs.data_dir, self.encoder.resolution, self.inputs.packed)
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--series", type=Path, required=True)
-    splits = parser.add_argument("--split", choices=["test", "val", "train"], nargs="+", default=["test"])
-    splits.help = "whose reals; no choice was made by those of test; those of train were drawn from"
+    whose = "whose reals; no choice was made by those of test; those of train were drawn from"
+    parser.add_argument("--split", choices=["test", "val", "train"], nargs="+", default=["test"], help=whose)
     args = parser.parse_args()
     torch.set_num_threads(1)
     series = Series(Inputs(args.run, args.data), args.series)
@@ -170,7 +170,7 @@ def print_distances(series: Series, seeds: list[int], splits: Sequence[str]) -> 
     print(f"| class | reals | KID, {OURS} | {others} | {MINUS} |\n|---|---|---|{'---|' * 2 * len(OTHERS)}")
     found: dict[str, list[Difference]] = {}
     for label in (*series.labels, WHOLE):
-        real = series.reals(label, splits)
+        real = series.reals(label, *splits)
         sets = {preset: [series.fakes(preset, seed, label) for seed in seeds] for preset in PRESETS}
         kids = [np.mean([kernel_distance(real.features, f, real.groups) for f in sets[preset]]) for preset in PRESETS]
         against = found[label] = [paired_difference(real, sets[OURS], sets[preset]) for preset in OTHERS]
@@ -187,7 +187,7 @@ def print_floor(series: Series, seeds: list[int], splits: Sequence[str]) -> None
     """The same with the train images in the place of ours: what a generator could reach that draws nothing else."""
     print(f"\n| class | KID, train images | {MINUS} |\n|---|---|{'---|' * len(OTHERS)}")
     for label in (*series.labels, WHOLE):
-        real, train = series.reals(label, splits), series.reals(label, ["train"]).features
+        real, train = series.reals(label, *splits), series.reals(label, "train").features
         kid = kernel_distance(real.features, train, real.groups)
         fakes = [[series.fakes(preset, seed, label) for seed in seeds] for preset in OTHERS]
         against = [paired_difference(real, [train] * len(seeds), theirs) for theirs in fakes]

@@ -24,7 +24,7 @@ def main() -> int:
     try:
         settings = read_settings()
         with tempfile.TemporaryDirectory(prefix="raresynth-") as private:
-            work_dir = settings.work_dir or Path(private) / "work"
+            work_dir = (settings.work_dir or Path(private) / "work").absolute()
             work_dir.mkdir(parents=True, exist_ok=True)
             return _serve(settings, work_dir, Path(private))
     except (RaresynthError, OSError) as error:
@@ -42,7 +42,7 @@ def _serve(settings: Settings, work_dir: Path, private: Path) -> int:
         **absolute,
         SERVER: str(os.getpid()),
         # Two servers that shared it would wipe each other's metrics and tasks.
-        "BENTOML_HOME": str(work_dir.absolute() / "bentoml"),
+        "BENTOML_HOME": str(work_dir / "bentoml"),
         "BENTOML_DO_NOT_TRACK": "True",
         # The graphs' threads are set one by one; numpy's own would only get in their way.
         "OMP_NUM_THREADS": "1",
