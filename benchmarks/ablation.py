@@ -10,13 +10,13 @@ Started again, it goes on.
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count, product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from raresynth.gan import training
 from raresynth.gan.residual import game as residual
 from raresynth.gan.residual.game import ResidualGame
 from raresynth.gan.seed_paper.losses import barlow_twins
-from raresynth.lineage import write_json
+from raresynth.gan.training import GanReport
+from raresynth.lineage import read_report, write_json
 from raresynth.quality.judge import KidJudge
 
 KIMG, BRANCH_KIMG = 88.0, 2.0
@@ -96,42 +97,63 @@ class Barlow(ResidualGame):
         return F.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
 
-ROWS: dict[str, tuple[dict[str, Any], type[ResidualGame]]] = {
-    "raresynth": ({}, ResidualGame),
-    "augmentation off": ({"augmentation_target": 0.0}, ResidualGame),
-    "augmentation always on": ({}, AlwaysAugmented),
-    "no annealing (conditional from the start)": ({"annealing": (0.0, 0.0)}, ResidualGame),
-    "no Freeze-D": ({"freeze_d": 0}, ResidualGame),
-    "with Barlow Twins": ({}, Barlow),
-    "no EMA": ({"ema_half_life_kimg": 1e-6}, ResidualGame),
-    "no rare-class sampling": ({"class_power": 0.0}, ResidualGame),
-    "non-saturating loss": ({}, NonSaturating),
-    "constant learning rate": ({}, ConstantRate),
+class Row(NamedTuple):
+    """What differs from the preset."""
+
+    knobs: Mapping[str, Any] = MappingProxyType({})
+    game: type[ResidualGame] = ResidualGame
+    in_branches: bool = False
+    """Whether nothing differs before the branches, so that the universal GAN is the preset's own."""
+
+
+WHOLE = "raresynth"
+ROWS = {
+    WHOLE: Row(),
+    "augmentation off": Row({"augmentation_target": 0.0}),
+    "augmentation always on": Row(game=AlwaysAugmented),
+    "no annealing (conditional from the start)": Row({"annealing": (0.0, 0.0)}),
+    "no EMA": Row({"ema_half_life_kimg": 1e-6}),
+    "no rare-class sampling": Row({"class_power": 0.0}),
+    "non-saturating loss": Row(game=NonSaturating),
+    "constant learning rate": Row(game=ConstantRate),
+    "no Freeze-D": Row({"freeze_d": 0}, in_branches=True),
+    "with Barlow Twins": Row(game=Barlow, in_branches=True),
 }
 
 
-def train(inputs: Inputs, out: Path, row: str, seed: int) -> None:
+def folder(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name.replace(' ', '-')}-{seed}"
+
+
+def train(inputs: Inputs, out: Path, name: str, seed: int) -> None:
     """The universal GAN and the six branches of one row; KIDs go to result.json."""
     torch.set_num_threads(1)
-    knobs, training.ResidualGame = ROWS[row]
+    row = ROWS[name]
+    training.ResidualGame = row.game
     lengths = {"pretrain_kimg": KIMG, "finetune_kimg": BRANCH_KIMG, "ema_half_life_kimg": 5.0}
-    config = GanConfig(resolution=RESOLUTION, **(lengths | knobs))
+    config = GanConfig(resolution=RESOLUTION, **{**lengths, **row.knobs})
     judge = KidJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
-    started = time.monotonic()
     common = (config, seed, "cpu", inputs.packed, 60.0, judge)
-    universal = training.pretrain(inputs.data_dir, inputs.manifest, out / "universal", *common)
+    place, base = folder(out, name, seed), folder(out, WHOLE if row.in_branches else name, seed) / "universal"
+    images = (inputs.data_dir, inputs.manifest)
+    universal = _report(base, training.pretrain, *images, base, *common)
     result: dict[str, Any] = {"status": universal.status, "universal": {}, "branch": {}, "kept": {}}
     if universal.status == "trained":
         result["universal"] = next(s.kid for s in universal.snapshots if s.step == universal.kept_step)
         for label in sorted(result["universal"]):
             if label == _majority(inputs):
                 continue
-            report = training.finetune(inputs.data_dir, inputs.manifest, out / "universal", label, out / label, *common)
+            report = _report(place / label, training.finetune, *images, base, label, place / label, *common)
             result["kept"][label] = report.kept_step
             kids = {snapshot.step: snapshot.kid[label] for snapshot in report.snapshots}
             result["branch"][label] = kids[report.kept_step] if report.status == "trained" else None
-    result["seconds"] = time.monotonic() - started
-    write_json(out / "result.json", result)
+    write_json(place / "result.json", result)
+
+
+def _report(out: Path, stage: Callable[..., GanReport], *arguments: Any) -> GanReport:
+    """What a stage leaves in `out`, or has left there."""
+    left = out / "report.json"
+    return read_report(left, GanReport) if left.exists() else stage(*arguments)
 
 
 def _majority(inputs: Inputs) -> str:
@@ -150,20 +172,20 @@ def main() -> None:
     args = parser.parse_args()
     inputs = Inputs(args.run, args.data)
     os.environ["OMP_NUM_THREADS"] = "1"
-    places = {
-        (row, seed): args.out / f"{row.replace(' ', '-')}-{seed}" for seed, row in product(range(args.seeds), ROWS)
-    }
+    runs = list(product(range(args.seeds), ROWS))
     with ProcessPoolExecutor(args.tasks, get_context("spawn"), max_tasks_per_child=1) as pool:
-        tasks = [
-            pool.submit(train, inputs, place, *key)
-            for key, place in places.items()
-            if not (place / "result.json").exists()
-        ]
-        for task in tasks:
-            task.result()
+        for in_branches in (False, True):  # these come when the universal GAN that they share is there
+            tasks = [
+                pool.submit(train, inputs, args.out, name, seed)
+                for seed, name in runs
+                if ROWS[name].in_branches == in_branches and not (folder(args.out, name, seed) / "result.json").exists()
+            ]
+            for task in tasks:
+                task.result()
     print("| | mean KID, universal | mean KID, branches kept where they help | branches kept |\n|---|---|---|---|")
     for row in ROWS:
-        results = [json.loads((places[row, seed] / "result.json").read_text()) for seed in range(args.seeds)]
+        places = [folder(args.out, row, seed) for seed in range(args.seeds)]
+        results = [json.loads((place / "result.json").read_text()) for place in places]
         if any(result["status"] == "collapsed" for result in results):
             print(f"| {row} | collapsed | | |")
             continue
