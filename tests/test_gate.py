@@ -125,7 +125,14 @@ def _report(
         density=share,
         coverage=share,
         copying=Copying(
-            near_copy_share=value, low=low, high=high, threshold=0.65, authenticity=0.7, c_t=c_t, nearest=[]
+            near_copy_share=value,
+            low=low,
+            high=high,
+            n_drawn=500,
+            threshold=0.65,
+            authenticity=0.7,
+            c_t=c_t,
+            nearest=[],
         ),
         binding_copying=False,
         fid=None,

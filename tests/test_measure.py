@@ -8,12 +8,12 @@ from known import fresh, write_synthetic
 
 from raresynth.config import GateConfig, QualityConfig
 from raresynth.dataset.images import load_images
-from raresynth.dataset.manifest import read_manifest, write_manifest
+from raresynth.dataset.manifest import read_manifest, read_synthetic, write_manifest
 from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
 from raresynth.quality.distances import Estimates
-from raresynth.quality.measure import compare_halves, grouped_halves, measure, nearest_other
-from raresynth.quality.reals import Reals
+from raresynth.quality.measure import compare_halves, grouped_halves, kernel_floor, measure, nearest_other
+from raresynth.quality.reals import Reals, held_out_reals
 from raresynth.quality.reports import QualityReport
 
 LABEL = "vascular"
@@ -83,6 +83,17 @@ def test_copies_point_at_their_train_image(figures, sample_data, sample_manifest
     assert report.copying.authenticity == 0
 
 
+def test_near_copies_that_the_sieve_took_out_count_against_the_generator(figures, synthetic):
+    rows = read_synthetic(synthetic / "manifest.csv", "synthesize")
+    rows["rejected_near_copy"], rows["rejected_atypical"] = [2, *[0] * 59], [*[0] * 59, 10]
+    kept = figures().copying
+    rows.to_csv(synthetic / "manifest.csv", index=False)
+    drawn = figures().copying
+    assert (kept.n_drawn, drawn.n_drawn) == (60, 72)
+    assert drawn.near_copy_share == pytest.approx((60 * kept.near_copy_share + 2) / 72)
+    assert drawn.low < drawn.near_copy_share < drawn.high
+
+
 def test_without_network_fid_is_a_sentence(figures, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -130,6 +141,37 @@ def test_standard_errors_of_halves_agree_with_independent_samples():
     assert np.all((ratio > 0.75) & (ratio < 1.5)), ratio
     # The excess over the floor is the squared distance of the means, without the bias of small samples.
     assert np.mean(found, 0) == pytest.approx([8 * 0.4**2, 8 * 1.0**2], rel=0.1)
+
+
+def test_more_photographs_of_the_same_lesions_do_not_flatter():
+    """The very same image four times over, in the reals and in the other class, changes no figure."""
+    rng = np.random.default_rng(0)
+    real, fake, other = rng.normal(size=(40, 8)), rng.normal(size=(100, 8)) + 0.4, rng.normal(size=(60, 8)) + 1
+    once = compare_halves(real, fake, Reals(other, np.arange(60)), np.arange(40), 10, 0)
+    others = Reals(np.repeat(other, 4, axis=0), np.repeat(np.arange(60), 4))
+    often = compare_halves(np.repeat(real, 4, axis=0), fake, others, np.repeat(np.arange(40), 4), 10, 0)
+    assert once.size == often.size == 20
+    for name, values in once.replicates.items():
+        assert often.replicates[name] == pytest.approx(values, rel=1e-9), name
+    with pytest.raises(TooFewImages, match="of 7 groups"):
+        compare_halves(real, fake, others, np.arange(40) % 7, 10, 0)
+
+
+def test_a_group_as_large_as_all_others_is_no_half_of_the_kernel_floor():
+    real = np.random.default_rng(0).normal(size=(40, 8))
+    groups = np.maximum(np.arange(40) - 20, 0)
+    assert np.isfinite(kernel_floor(real, groups, 20, 0))
+    with pytest.raises(TooFewImages, match="one group holds"):
+        kernel_floor(real, np.arange(40) // 20, 20, 0)
+
+
+def test_many_held_out_images_of_few_patients_are_too_few(sample_manifest):
+    manifest = read_manifest(sample_manifest)
+    held_out = (manifest["label"] == LABEL) & (manifest["split"] == "val")
+    assert not held_out_reals(manifest, LABEL, 12)[1]
+    manifest.loc[held_out, "group"] = [f"patient {i % 3}" for i in range(held_out.sum())]
+    real, binding = held_out_reals(manifest, LABEL, 12)
+    assert binding and set(real["split"]) == {"train", "val"}
 
 
 def test_a_class_that_cannot_be_told_apart_is_no_unit():

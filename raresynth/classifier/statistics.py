@@ -81,12 +81,14 @@ def confusion_matrices(targets: Integers, probabilities: Floats, weights: Floats
 
 def _auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
     """Weighted area under the ROC curve, one class against the rest; ties count half (Mann-Whitney)."""
-    # Pairs won minus pairs lost; single precision holds these sums of small counts exactly.
-    order = np.sign(np.subtract.outer(scores[positive], scores[~positive])).astype(np.float32)
-    positives, negatives = weights[:, positive], weights[:, ~positive]
-    won = ((positives.astype(np.float32) @ order) * negatives).sum(1)
+    order = np.argsort(scores, kind="stable")
+    ties = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each new score begins
+    positives, negatives = (
+        np.add.reduceat(weights[:, order] * of[order], ties, axis=1) for of in (positive, ~positive)
+    )
+    won = (positives * (np.cumsum(negatives, axis=1) - negatives / 2)).sum(1)
     with np.errstate(invalid="ignore"):
-        area: Floats = (1 + won / (positives.sum(1) * negatives.sum(1))) / 2
+        area: Floats = won / (positives.sum(1) * negatives.sum(1))
     return area
 
 

@@ -13,8 +13,9 @@ def assign_splits(labels: Sequence[str], groups: Sequence[str], shares: SplitSha
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011) over whole groups: classes from the rarest
     to the most common, a class's largest groups first, each to the split that lacks most images of that class.
-    A class of three groups or more is present in every split. The result depends on the seed and on the sets
-    of labels and groups, not on their order.
+    A class of three groups or more is present in every split, unless some of its groups hold a rarer class too, by
+    which these are then placed. The result depends on the seed and on the sets of labels and groups, not on their
+    order.
 
     Args:
         labels: class of each image.

@@ -6,7 +6,7 @@ from raresynth.gan.png import Pixels
 
 
 class Judge(Protocol):
-    """Compares images of a class with its held-out reals, in the encoder's features."""
+    """Compares images of a class with its reals, in the encoder's features."""
 
     def kid(self, label: str, images: Pixels) -> float | None:
         """KID of the images to the class's reals, or None where there are too few of these."""

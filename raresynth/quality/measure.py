@@ -21,7 +21,6 @@ from raresynth.quality.reals import MIN_GROUPS, MIN_REAL, Reals, at_most, group_
 from raresynth.quality.reports import Copying, Distance, Fid, NearestReal, Proportion, QualityReport
 
 MIN_TRAIN_GROUPS = 3
-MIN_HALF = 4
 MIN_OTHER = 12
 PARTS = 4
 """At most this many disjoint subsets of the fakes meet each half of the reals."""
@@ -151,7 +150,9 @@ class Halves:
     """Figures of random halves of the reals against fakes, other reals and the other half, all at equal size.
 
     A statistic of random halves scatters about the full sample's as that does about the truth (the delete-half
-    jackknife; Shao and Wu 1989), so the replicates' covariance is that of the mean's error.
+    jackknife; Shao and Wu 1989), so the replicates' covariance is that of the mean's error. For figures that count
+    neighbours it is larger, since each split's own chance is in it, which the mean is almost rid of: their intervals
+    are too wide, by half and more.
 
     Attributes:
         size: images a side.
@@ -222,26 +223,37 @@ def grouped_halves(
 def compare_halves(
     real: Features, fake: Features, other: Reals, groups: npt.NDArray[np.int64], splits: int, seed: int
 ) -> Halves:
-    """Compare random halves of the reals, split by group, with as many fakes, other reals, and reals of the other half.
+    """Compare random halves of the reals with as many fakes, other reals, and reals of the other half.
+
+    Of each group one random image takes part in a split: images of one lesion or patient are alike, so that two halves
+    with several of each would lie farther apart, and be reached less, than as many independent images; held against
+    that floor, fakes, which are independent, would look too good.
 
     The fakes' part of each comparison is a random half of them, cut into up to four subsets whose figures are averaged.
 
     Args:
         real, fake: features (N, D), (M, D).
         groups: group number of each real, 0 to G - 1.
+
+    Raises:
+        TooFewImages: the reals have fewer than 8 groups.
     """
-    rng = np.random.default_rng([seed, 1])
-    pairs = [grouped_halves(groups, rng) for _ in range(splits)]
-    fake_groups = np.arange(len(fake))
-    halves = [(grouped_halves(fake_groups, rng)[0], grouped_halves(other.groups, rng)[0]) for _ in range(splits)]
+    rng, chooser = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 4])
+    sides = [np.arange(n) for n in (groups.max() + 1, len(fake), other.groups.max() + 1)]
+    pairs = [grouped_halves(sides[0], rng) for _ in range(splits)]
+    halves = [(grouped_halves(sides[1], rng)[0], grouped_halves(sides[2], rng)[0]) for _ in range(splits)]
     size = min(len(half) for split in (*pairs, *halves) for half in split)
-    if size < MIN_HALF:
-        raise TooFewImages(f"one group holds nearly all images, so that a half has {size}; add images of other groups")
+    if len(sides[0]) < MIN_GROUPS:
+        raise TooFewImages(
+            f"the reals are of {len(sides[0])} groups, and comparing halves of them needs {MIN_GROUPS}; "
+            "add images of other groups"
+        )
     rows: dict[str, list[float]] = {}
     for (first, second), (of_fake, of_other) in zip(pairs, halves, strict=True):
-        a, b = real[rng.permutation(first)[:size]], real[rng.permutation(second)[:size]]
+        chosen, others = real[one_of_each(groups, chooser)], other.features[one_of_each(other.groups, chooser)]
+        a, b = chosen[rng.permutation(first)[:size]], chosen[rng.permutation(second)[:size]]
         row = _compare(a, b, " real")
-        for sample, half, suffix in ((fake, of_fake, ""), (other.features, of_other, " other")):
+        for sample, half, suffix in ((fake, of_fake, ""), (others, of_other, " other")):
             shuffled = rng.permutation(half)
             parts = [
                 _compare(a, sample[shuffled[i * size : (i + 1) * size]], suffix)
@@ -253,15 +265,28 @@ def compare_halves(
     return Halves(size, {name: np.asarray(values) for name, values in rows.items()})
 
 
+def one_of_each(groups: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Index (G,) of a random image of each group, in the order of their numbers."""
+    shuffled = rng.permutation(len(groups))
+    return np.asarray(shuffled[np.unique(groups[shuffled], return_index=True)[1]])
+
+
 def _compare(real: Features, fake: Features, suffix: str) -> dict[str, float]:
     figures = {"fd": frechet_distance(real, fake), **vars(neighbourhood(real, fake))}
     return {f"{name}{suffix}": value for name, value in figures.items()}
 
 
 def kernel_floor(real: Features, groups: npt.NDArray[np.int64], splits: int, seed: int) -> float:
-    """Mean KID between random halves of the reals, split by group."""
+    """Mean KID between random halves of the reals, split by group.
+
+    Raises:
+        TooFewImages: one group is so large that it is a half by itself in every split; KID needs pairs of groups.
+    """
     rng = np.random.default_rng([seed, 2])
-    pairs = (grouped_halves(groups, rng) for _ in range(splits))
+    pairs = [grouped_halves(groups, rng) for _ in range(splits)]
+    pairs = [(a, b) for a, b in pairs if min(len(np.unique(groups[half])) for half in (a, b)) > 1]
+    if not pairs:
+        raise TooFewImages("one group holds half of the reals or more; add images of other groups")
     return float(np.mean([kernel_distance(real[a], real[b], groups[a], groups[b]) for a, b in pairs]))
 
 
@@ -306,12 +331,16 @@ def _copying(
         pixels(unseen, data_dir),
         threshold,
     )
-    low, high = copying.wilson_interval(figures.n_near_copies, len(fakes))
+    # Those that the sieve took out before an image of this choice count too: the share is the generator's.
+    n_near_copies = figures.n_near_copies + int(fakes["rejected_near_copy"].sum())
+    n_drawn = len(fakes) + int(fakes[["rejected_near_copy", "rejected_atypical"]].sum(axis=None))
+    low, high = copying.wilson_interval(n_near_copies, n_drawn)
     shown = zip(fakes["path"][:SHOWN], figures.nearest, figures.relative, strict=False)
     return Copying(
-        near_copy_share=figures.n_near_copies / len(fakes),
+        near_copy_share=n_near_copies / n_drawn,
         low=low,
         high=high,
+        n_drawn=n_drawn,
         threshold=threshold,
         authenticity=figures.authenticity,
         c_t=figures.c_t,

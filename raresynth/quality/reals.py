@@ -10,7 +10,8 @@ from raresynth.errors import TooFewImages
 from raresynth.quality.encoder import Features
 
 MIN_REAL = 12
-MIN_GROUPS = 4
+MIN_GROUPS = 8
+"""Halves then have four images that do not depend on one another."""
 
 
 @dataclass(frozen=True)
@@ -22,35 +23,37 @@ class Reals:
 
 
 def held_out_reals(manifest: pd.DataFrame, label: str, min_held_out: int) -> tuple[pd.DataFrame, bool]:
-    """Rows of the class's val images, or of train + val where these are fewer than `min_held_out`; whether so.
+    """Rows of the class's val images, or of train + val where these are too few; whether so.
 
-    Train images please a generator that copies, so that the copying check then binds.
+    Too few are fewer than `min_held_out`, 12 images or 8 groups. Train images please a generator that copies, so that
+    the copying check then binds.
 
     Raises:
-        TooFewImages: there are fewer than 12 images or 4 groups.
+        TooFewImages: there are fewer than 12 images or 8 groups.
     """
     held_out = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
-    if len(held_out) < min_held_out:
+    if len(held_out) < min_held_out or not _are_enough(held_out):
         return seen_reals(manifest, label), True
-    return _enough(held_out, label, "val"), False
+    return held_out, False
 
 
 def seen_reals(manifest: pd.DataFrame, label: str) -> pd.DataFrame:
     """Rows of the class's train and val images.
 
     Raises:
-        TooFewImages: there are fewer than 12 images or 4 groups.
+        TooFewImages: there are fewer than 12 images or 8 groups.
     """
-    return _enough(manifest[(manifest["label"] == label) & (manifest["split"] != "test")], label, "train and val")
-
-
-def _enough(real: pd.DataFrame, label: str, splits: str) -> pd.DataFrame:
-    if len(real) < MIN_REAL or real["group"].nunique() < MIN_GROUPS:
+    real = manifest[(manifest["label"] == label) & (manifest["split"] != "test")]
+    if not _are_enough(real):
         raise TooFewImages(
-            f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in {splits}, and "
+            f"class {label} has {len(real)} real images of {real['group'].nunique()} groups in train and val, and "
             f"measuring needs {MIN_REAL} of {MIN_GROUPS}; add images or raise validation.min_images"
         )
     return real
+
+
+def _are_enough(real: pd.DataFrame) -> bool:
+    return len(real) >= MIN_REAL and real["group"].nunique() >= MIN_GROUPS
 
 
 def at_most(frame: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:

@@ -18,8 +18,8 @@ class Distance(Report):
     other_value: float
     """The same distance from the class's reals to those of the nearest class that is clearly apart from it."""
     ratio: float | None
-    """(value - floor) / (other_value - floor): 0 is as good as reals, 1 is as far off as another class.
-    None where the other class cannot be told from this one."""
+    """Of FD (value - floor) / (other_value - floor), of KID, which has no bias, value / other_value: 0 is as good as
+    reals, 1 is as far off as another class. None where the other class cannot be told from this one."""
     ratio_low: float | None
     ratio_high: float | None
 
@@ -49,12 +49,18 @@ class NearestReal(Report):
 
 
 class Copying(Report):
-    """Whether synthetic images repeat images of the train split."""
+    """Whether synthetic images repeat images of the train split.
+
+    The share of near copies is that of the images drawn, those included that the sieve took out: bundles ship the
+    generator without it. All else is of the images that were kept.
+    """
 
     near_copy_share: float
     low: float
     high: float
     """95 % interval of the share."""
+    n_drawn: int
+    """Images that the share is of: those measured, and those that were rejected before them."""
     threshold: float
     """Relative distances under it count as near copies."""
     authenticity: float

@@ -257,7 +257,7 @@ def _gan_charts(report: GanReport) -> list[Markup]:
         kimg = [snapshot.kimg for snapshot in report.snapshots]
         labels = sorted({label for snapshot in report.snapshots for label in snapshot.kid})
         kids = [Line(of, kimg, [s.kid.get(of, float("nan")) for s in report.snapshots]) for of in labels]
-        charts.append(line_chart(f"{name}: KID to held-out reals", kids, KIMG, "KID"))
+        charts.append(line_chart(f"{name}: KID to train and val reals", kids, KIMG, "KID"))
     return charts
 
 
