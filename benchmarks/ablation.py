@@ -144,9 +144,9 @@ def train(inputs: Inputs, out: Path, name: str, seed: int) -> None:
             if label == _majority(inputs):
                 continue
             report = _report(place / label, training.finetune, *images, base, label, place / label, *common)
-            result["kept"][label] = report.kept_step
+            result["kept"][label] = report.kept_step or 0  # of a collapsed branch too the universal GAN is kept
             kids = {snapshot.step: snapshot.kid[label] for snapshot in report.snapshots}
-            result["branch"][label] = kids[report.kept_step] if report.status == "trained" else None
+            result["branch"][label] = kids.get(result["kept"][label], result["universal"][label])
     write_json(place / "result.json", result)
 
 

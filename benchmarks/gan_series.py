@@ -80,7 +80,7 @@ def train(inputs: Inputs, out: Path, preset: str, knobs: dict[str, Any], seed: i
     labels = images_to_synthesize(read_manifest(inputs.manifest), BalanceConfig())
     for label in (None, *labels):
         place = out / ("universal" if label is None else label)
-        if (place / "report.json").exists():
+        if (place / "time.json").exists():  # written last
             continue
         started = time.process_time()
         if label is None:
