@@ -332,8 +332,8 @@ def _copying(
         threshold,
     )
     # Those that the sieve took out before an image of this choice count too: the share is the generator's.
-    n_near_copies = figures.n_near_copies + int(fakes["rejected_near_copy"].sum())
-    n_drawn = len(fakes) + int(fakes[["rejected_near_copy", "rejected_atypical"]].sum(axis=None))
+    taken_out, atypical = int(fakes["rejected_near_copy"].sum()), int(fakes["rejected_atypical"].sum())
+    n_near_copies, n_drawn = figures.n_near_copies + taken_out, len(fakes) + taken_out + atypical
     low, high = copying.wilson_interval(n_near_copies, n_drawn)
     shown = zip(fakes["path"][:SHOWN], figures.nearest, figures.relative, strict=False)
     return Copying(
