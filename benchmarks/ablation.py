@@ -193,11 +193,9 @@ def main() -> None:
         branch = [[r["branch"][label] for label in r["branch"]] for r in results]
         kept = sum(step > 0 for r in results for step in r["kept"].values())
         total = sum(len(r["kept"]) for r in results)
-        # Mean over classes and seeds, and how far the seeds lie apart.
-        cells = [
-            " ± ".join(f"{f([np.mean(kids) for kids in each]):.3f}" for f in (np.mean, np.ptp))
-            for each in (minor, branch)
-        ]
+        # Mean over classes and seeds, and how far the seeds, if there are several, lie apart.
+        told = (np.mean, np.ptp) if args.seeds > 1 else (np.mean,)
+        cells = [" ± ".join(f"{f([np.mean(kids) for kids in each]):.3f}" for f in told) for each in (minor, branch)]
         print(f"| {row} | {cells[0]} | {cells[1]} | {kept} of {total} |")
 
 
