@@ -26,11 +26,11 @@ class MemoryLimitError(RaresynthError):
 
 
 class TrainingCollapse(RaresynthError):
-    """A loss stopped being a number.
+    """A loss stopped being a number, or a weight did.
 
     Attributes:
         step: optimizer step (counted from 1) at which it happened.
-        loss: name of the first loss that was not finite.
+        loss: name of the first loss that was not finite, or of the weights.
     """
 
     def __init__(self, step: int, loss: str, advice: str = "") -> None:

@@ -220,7 +220,7 @@ def _judge(task: Task) -> "KidJudge":
     from raresynth.quality.judge import KidJudge
 
     run = task.run
-    return KidJudge(run.data_dir, task.manifest, task.path("train-encoder"), run.params.seed, run.packed)
+    return KidJudge(run.data_dir, task.manifest, task.path("train-encoder"), run.params.seed, run.packed, task.device)
 
 
 def _draw(task: Task) -> Outcome:
@@ -255,7 +255,8 @@ def _drawing(task: Task, label: str) -> "tuple[Drawing, int]":
     from raresynth.quality.sieve import TrainSieve
 
     run, config = task.run, task.run.params.synthesis
-    sieve = TrainSieve(run.data_dir, task.manifest, task.path("train-encoder"), label, config, run.packed)
+    encoder = task.path("train-encoder")
+    sieve = TrainSieve(run.data_dir, task.manifest, encoder, label, config, run.packed, task.device)
     drawing = Drawing(task.path("finetune", label), label, config, task.device, sieve)
     return drawing, images_to_synthesize(read_manifest(task.manifest), run.params.balance)[label]
 
@@ -268,6 +269,9 @@ def _synthesize_majority(task: Task) -> Outcome:
     run = task.run
     if "synthetic" not in run.params.classifier.arms:
         return "skipped", "no arm of the classifier is trained on synthetic images alone"
+    universal = task.needs["pretrain"][ALL]
+    if universal.status == "failed":
+        return "failed", universal.reason
     manifest = read_manifest(task.manifest)
     counts = manifest["label"][manifest["split"] == "train"].value_counts()
     for label in sorted(counts.index.difference(list(images_to_synthesize(manifest, run.params.balance)))):
@@ -310,7 +314,8 @@ def _gate(task: Task) -> Outcome:
     def done(stage: str) -> dict[str, Path]:
         return {of: task.path(stage, of) for of, record in task.needs[stage].items() if record.status == "done"}
 
-    majority = [folder for root in done("synthesize-majority").values() for folder in sorted(root.iterdir())]
+    # Not iterdir: where every class is synthesised anyway there is no such folder.
+    majority = [folder for root in done("synthesize-majority").values() for folder in sorted(root.glob("*"))]
     gate(
         done("measure"),
         reasons("failed"),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE_DIR = Path(__file__).parent
+UNFINISHED = ".unfinished-"
+"""How the names of files and folders begin that are still being written."""
 
 
 class Report(BaseModel):
@@ -131,7 +133,7 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place, then rename it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}.")
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
@@ -140,6 +142,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half-written in or below a folder, in which no other one is at work."""
+    for left in list(folder.rglob(f"{UNFINISHED}*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -170,12 +178,12 @@ def read_report(path: Path, kind: type[ReportT]) -> ReportT:
 def new_dir(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}."))
     try:
         yield temporary
         temporary.chmod(0o755)
         if path.exists():
-            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            replaced = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}."))
             path.replace(replaced)
             temporary.replace(path)
             shutil.rmtree(replaced)

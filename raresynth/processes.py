@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raresynth.errors import RaresynthError
+from raresynth.lineage import clear_unfinished
 
 
 def prepare_worker(parent: int) -> None:
@@ -46,6 +47,8 @@ def leads() -> bool:
 def only_run_of(store: Path) -> Iterator[None]:
     """Within the block no other process works in this run's folder, but for the ranks of one training.
 
+    What earlier ones left half-written, because they were killed, is removed.
+
     Raises:
         RaresynthError: another one does.
     """
@@ -58,6 +61,7 @@ def only_run_of(store: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
+        clear_unfinished(store)
         yield
 
 

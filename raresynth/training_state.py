@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from raresynth.errors import CheckpointError
-from raresynth.lineage import Report, load_checkpoint, save_checkpoint, write_report
+from raresynth.lineage import Report, clear_unfinished, load_checkpoint, save_checkpoint, write_report
 
 
 def save_state(out_dir: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -57,8 +57,7 @@ def finish(out_dir: Path, report: Report) -> None:
     """Write report.json, and clear away the states and what killed processes left half-written."""
     write_report(out_dir / "report.json", report)
     shutil.rmtree(out_dir / "state", ignore_errors=True)
-    for left in out_dir.glob(".*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    clear_unfinished(out_dir)
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

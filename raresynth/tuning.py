@@ -72,10 +72,12 @@ def tune(run: flow.Run, budget_s: float) -> TuningReport:
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "trials.log"))),
         study_name=search,
-        sampler=optuna.samplers.TPESampler(seed=run.params.seed, n_startup_trials=4),
         load_if_exists=True,
     )
     _take_up(study)
+    # A sampler begins with the same numbers whenever it is made, and would choose what it chose when it began.
+    seed = run.params.seed + len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     trials_dir = folder / search
     with progress("tune", max(1, round(budget_s)), "seconds") as advance:
         while True:
@@ -126,8 +128,8 @@ def _train(run: flow.Run, knobs: dict[str, float], labels: list[str], place: Pat
     config = run.params.gan.model_copy(update={**knobs, "pretrain_kimg": SCREENED * run.params.gan.pretrain_kimg})
     manifest = run.store / flow.read_record(run.store, "validate").output / "manifest.csv"
     encoder = run.store / flow.read_record(run.store, "train-encoder").output
-    judge = KidJudge(run.data_dir, manifest, encoder, run.params.seed, run.packed)
     device = flow.device(run.params)
+    judge = KidJudge(run.data_dir, manifest, encoder, run.params.seed, run.packed, device)
     common = (config, run.params.seed, device, run.packed, run.params.compute.checkpoint_every_s, judge)
     universal = pretrain(run.data_dir, manifest, place / "universal", *common)
     if universal.status == "collapsed":

@@ -110,6 +110,23 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, params: Path) -> Non
         pass
 
 
+def test_what_a_killed_run_left_half_written_goes_and_nothing_else(tmp_path: Path) -> None:
+    from raresynth.lineage import UNFINISHED, write_text
+    from raresynth.processes import only_run_of
+
+    write_text(tmp_path / "stages" / "gate.json", "{}")
+    (tmp_path / ".run.lock").touch()
+    kept = set(tmp_path.rglob("*"))
+    writing = "import os, sys, pathlib; from raresynth.lineage import new_dir\n"
+    writing += "with new_dir(pathlib.Path(sys.argv[1])) as new: (new / 'a').touch(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", writing, tmp_path / "quality" / "df"], check=False)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / f"{UNFINISHED}x.npy").touch()
+    assert len(list(tmp_path.rglob(f"{UNFINISHED}*"))) == 2
+    with only_run_of(tmp_path):
+        assert set(tmp_path.rglob("*")) == kept | {tmp_path / name for name in (".lock", "packed", "quality")}
+
+
 def test_out_must_not_touch_what_is_not_its_own(tmp_path: Path, params: Path) -> None:
     data = tmp_path / "data"
     (data / "validation" / "cat").mkdir(parents=True)

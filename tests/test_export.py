@@ -13,7 +13,7 @@ from raresynth.config import DatasetConfig
 from raresynth.dataset.export import export_dataset
 from raresynth.dataset.importers import build_manifest
 from raresynth.errors import DataError
-from raresynth.lineage import sha256_tree
+from raresynth.lineage import UNFINISHED, sha256_tree
 
 
 def draw(path, seed):
@@ -102,7 +102,7 @@ def test_a_changed_image_stops_the_export_and_leaves_nothing(run):
     with pytest.raises(DataError, match=r"nv/3\.png was changed"):
         export_dataset(**run)
     assert not run["out_dir"].exists()
-    assert not list(run["out_dir"].parent.glob(".export*"))
+    assert not list(run["out_dir"].parent.glob(f"{UNFINISHED}*"))
 
 
 def test_a_missing_image_is_named(run):

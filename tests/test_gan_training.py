@@ -279,6 +279,14 @@ def test_draws_follow_their_weights_and_depend_on_the_step_alone():
     assert (draws.images_before(3), draws.steps(101)) == (150, 3)
 
 
+def test_draws_are_those_of_numpy():
+    weights = np.random.default_rng(1).random(1000)
+    draws = Draws(weights, 64, seed=3)
+    for step in range(5):
+        expected = np.random.default_rng([3, step]).choice(1000, 64, p=weights / weights.sum())
+        assert np.array_equal(draws.indices(step), expected)
+
+
 OURS = {**SMALL, "preset": "raresynth", "pretrain_kimg": 0.8, "snapshots": 4}
 
 
@@ -367,6 +375,35 @@ def test_after_a_second_collapse_the_class_has_failed(data, tmp_path, monkeypatc
     assert (report.status, report.collapsed_step, report.collapsed_loss) == ("collapsed", 61, "penalty")
     assert len(report.rollbacks) == 1
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+class Broken(ResidualGame):
+    """A weight is infinite after one step all of whose losses are finite."""
+
+    at = 49
+    stubborn = False
+
+    def step(self, real, labels, rng, step, steps):
+        losses = super().step(real, labels, rng, step, steps)
+        if step == self.at and (self.stubborn or self.learning_rate == self.settings.learning_rate):
+            with torch.no_grad():
+                self.generator.project.bias[3] = torch.inf
+        return losses
+
+
+@pytest.mark.parametrize("step", [50, 100])  # of the first snapshot, and the last one of all
+def test_weights_that_are_not_finite_are_neither_kept_nor_gone_back_to(data, tmp_path, monkeypatch, step):
+    monkeypatch.setattr(training, "ResidualGame", Broken)
+    monkeypatch.setattr(Broken, "at", step - 1)
+    report = run_pretrain(data, tmp_path / "out", **OURS)
+    (rollback,) = report.rollbacks
+    assert (rollback.step, rollback.loss, rollback.back_to_step) == (step, "generator.project.bias", step - 25)
+    tensors, _ = load_checkpoint(tmp_path / "out")
+    assert report.status == "trained" and all(tensor.isfinite().all() for tensor in tensors.values())
+    monkeypatch.setattr(Broken, "stubborn", True)
+    report = run_pretrain(data, tmp_path / "failed", **OURS)
+    assert (report.status, report.collapsed_step) == ("collapsed", step)
+    assert report.reason == f"training collapsed: generator.project.bias is not a finite number at step {step}"
 
 
 def test_a_rollback_survives_a_kill(data, tmp_path, monkeypatch):

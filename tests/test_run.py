@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
 from raresynth import flow, lineage
 from raresynth.config import load_params
+from raresynth.gan.rng import Rng
 
 ROOT = Path(__file__).parents[1]
 MAY_DIFFER = {"run.json", ".run.lock", ".lock"}
@@ -36,6 +39,12 @@ def contents(store: Path) -> dict[str, str]:
         for path in store.rglob("*")
         if path.is_file() and path.name not in MAY_DIFFER
     }
+
+
+def assert_equal_files(store: Path, other: Path) -> None:
+    ours, theirs = contents(store), contents(other)
+    assert sorted(ours.keys() ^ theirs.keys()) == [], "files that one of them has"
+    assert [name for name, digest in ours.items() if theirs[name] != digest] == []
 
 
 def kill_while_training(process: subprocess.Popen[str], checkpoints: Path, stages: set[str]) -> str:
@@ -73,7 +82,7 @@ def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow
         left.remove(kill_while_training(start(tiny_run.data_dir, params, out), out / "checkpoints", left))
     finish(start(tiny_run.data_dir, params, out))
     finish(start(tiny_run.data_dir, params, tmp_path / "whole"))
-    assert contents(out) == contents(tmp_path / "whole")
+    assert_equal_files(out, tmp_path / "whole")
 
     # Started once more, it finds all stages finished and repeats none.
     before = json.loads((out / "run.json").read_text())["stages"]
@@ -123,7 +132,7 @@ def test_stages_typed_one_by_one_give_what_the_pipeline_gives(tiny_run: flow.Run
     params = tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump(tiny_run.params.model_dump(mode="json")))
     finish(start(tiny_run.data_dir, params, tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(tiny_run.store)
+    assert_equal_files(tmp_path / "out", tiny_run.store)
 
 
 def test_a_finished_stage_is_repeated_only_where_it_must_be(tiny_run: flow.Run, tmp_path: Path) -> None:
@@ -147,6 +156,48 @@ def test_a_finished_stage_is_repeated_only_where_it_must_be(tiny_run: flow.Run, 
     other = flow.Run(run.data_dir, store, run.params.model_copy(update={"encoder": longer}))
     assert repeated("train-encoder", other)
     assert repeated("pretrain", other)  # its snapshots are judged by the encoder
+
+
+@pytest.mark.slow
+def test_of_a_universal_gan_that_collapsed_every_class_fails_and_the_flow_goes_on(
+    tiny_run: flow.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raresynth.gan.residual.game import ResidualGame
+
+    store = tmp_path / "store"
+    shutil.copytree(tiny_run.store, store)
+    shorter = tiny_run.params.gan.model_copy(update={"pretrain_kimg": 0.3})
+    run = flow.Run(tiny_run.data_dir, store, tiny_run.params.model_copy(update={"gan": shorter}))
+
+    def collapsed(self: ResidualGame, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:
+        return torch.full((3,), torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidualGame, "step", collapsed)
+        for stage in flow.STAGES:
+            flow.execute_all(stage, run)
+    why = flow.read_record(store, "pretrain").reason
+    assert why == "universal generator: training collapsed: d_loss is not a finite number at step 1"
+    decisions = json.loads((store / "decisions.json").read_text())
+    assert set(decisions["classes"]) == set(flow.items(run, "label"))
+    for decision in decisions["classes"].values():
+        assert decision["decision"] == "rejected" and why in decision["reasons"][0]
+    assert decisions["release"]["arm"] == "real"
+    assert flow.read_record(store, "synthesize-majority").reason == why
+    assert why in (store / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_classes_that_are_all_synthesised_leave_nothing_to_the_majority(tiny_run: flow.Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_run.store, store)
+    every = tiny_run.params.balance.model_copy(update={"policy": "min_share", "share": 0.9, "max_per_class": 20})
+    run = flow.Run(tiny_run.data_dir, store, tiny_run.params.model_copy(update={"balance": every}))
+    assert len(flow.items(run, "label")) == 3
+    for stage in flow.STAGES:
+        flow.execute_all(stage, run)
+    assert flow.read_record(store, "synthesize-majority").status == "done"
+    assert len(json.loads((store / "decisions.json").read_text())["classes"]) == 3
 
 
 def test_a_class_that_fails_leaves_a_record_and_is_tried_again(tiny_run: flow.Run, tmp_path: Path) -> None:

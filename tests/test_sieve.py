@@ -72,8 +72,10 @@ def test_kid_tells_the_class_from_others_and_gain_who_is_nearer(judge):
     assert abs(same) < 3 * error
 
 
-def test_a_class_with_too_few_reals_has_no_kid(judge):
-    assert judge.kid("unheard-of", fresh(LABEL, 20, 1009)) is None
+def test_of_a_class_with_too_few_reals_nothing_is_told(judge):
+    images = fresh(LABEL, 20, 1009)
+    assert judge.kid("unheard-of", images) is None
+    assert judge.gain("unheard-of", images, 255 - images) == (0.0, 0.0)
 
 
 def test_the_judge_looks_at_no_test_image(sample_data, sample_manifest, trained_encoder, judge, tmp_path):

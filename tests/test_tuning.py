@@ -27,6 +27,7 @@ def test_the_best_trial_comes_first_and_its_knobs_are_the_params_file(run):
     assert len(report.trials) == 2
     assert read_report(run.store / "tuning" / "report.json", TuningReport) == report
     assert report.trials[0].score <= report.trials[1].score
+    assert report.trials[0].knobs != report.trials[1].knobs
     for trial in report.trials:
         assert trial.score == pytest.approx(sum(trial.kid.values()) / len(trial.kid))
         assert set(trial.kid) <= set(flow.items(run, "label"))

@@ -83,9 +83,8 @@ def _auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Fl
     """Weighted area under the ROC curve, one class against the rest; ties count half (Mann-Whitney)."""
     order = np.argsort(scores, kind="stable")
     ties = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each new score begins
-    positives, negatives = (
-        np.add.reduceat(weights[:, order] * of[order], ties, axis=1) for of in (positive, ~positive)
-    )
+    weights, positive = weights[:, order], positive[order]
+    positives, negatives = (np.add.reduceat(weights * of, ties, axis=1) for of in (positive, ~positive))
     won = (positives * (np.cumsum(negatives, axis=1) - negatives / 2)).sum(1)
     with np.errstate(invalid="ignore"):
         area: Floats = won / (positives.sum(1) * negatives.sum(1))

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from raresynth.errors import DataError
+from raresynth.lineage import UNFINISHED
 from raresynth.progress import progress
 
 if TYPE_CHECKING:
@@ -99,7 +100,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in {"I", "F"}:
         raise ValueError("it has 32 bits a pixel, save it with 8 or 16")
     upright = image if turn is None else image.transpose(turn)
-    return upright.convert("RGB")
+    if upright.mode != "RGB":
+        return upright.convert("RGB")
+    upright.load()  # while its file is open; PIL would convert it to itself by a copy
+    return upright
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -129,7 +133,7 @@ def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir
     packed = cache_dir / f"{resolution}-{key}.npy"
     if not packed.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=cache_dir, suffix=".npy")
+        descriptor, name = tempfile.mkstemp(dir=cache_dir, prefix=UNFINISHED, suffix=".npy")
         os.close(descriptor)
         try:
             shape = (len(paths), resolution, resolution, 3)

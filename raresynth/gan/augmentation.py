@@ -7,6 +7,7 @@ draws, so the discriminator sees real and generated images through them alike, a
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,12 @@ POLICIES: dict[str, Policy] = {
     "dermoscopy": Policy(True, 0.0, 0.0625, 0.05, 0.05, 0.05, 0.005),
 }
 
-_GREY = (0.299, 0.587, 0.114)
+
+@cache
+def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights (3,) of grey, and the cross product (3, 3) with the axis of greys; sent to a device once."""
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return torch.tensor([0.299, 0.587, 0.114]).to(device), cross.to(device)
 
 
 def symmetric(images: Tensor, policy: str, rng: Rng) -> Tensor:
@@ -95,14 +101,13 @@ def _tinted(images: Tensor, policy: Policy, rng: Rng) -> Tensor:
         for limit in (policy.brightness, policy.contrast, policy.saturation)
     )
     hue = _within(2 * math.pi * policy.hue, rng.uniform(n)).view(n, 1, 1)
-    grey = images.new_tensor(_GREY).expand(3, 3)
+    grey, cross = _colours(images.device)
     identity = torch.eye(3, device=images.device)
     # Rotation about the grey axis (1, 1, 1) / sqrt(3), Rodrigues' formula.
     axis = torch.full((3, 3), 1 / 3, device=images.device)
-    cross = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     turn = axis + hue.cos() * (identity - axis) + hue.sin() * cross
-    tint = (turn @ (saturation * identity + (1.0 - saturation) * grey)) * brightness * contrast
+    tint = (turn @ (saturation * identity + (1.0 - saturation) * grey.expand(3, 3))) * brightness * contrast
     # Factors apply to intensities in [0, 1]; contrast pulls towards the image's mean grey, as torchvision does.
     flat = (images.flatten(2) + 1.0) / 2.0
-    mean = (images.new_tensor(_GREY) @ flat.mean(2).T).view(n, 1, 1) * brightness
+    mean = (grey @ flat.mean(2).T).view(n, 1, 1) * brightness
     return (torch.baddbmm((1.0 - contrast) * mean, tint, flat) * 2.0 - 1.0).view_as(images)

@@ -26,7 +26,8 @@ class Draws:
     """Images drawn with replacement, image i with a probability in proportion to `weights[i]`."""
 
     def __init__(self, weights: npt.NDArray[np.float64], batch_size: int, seed: int) -> None:
-        self._shares, self.batch_size, self.seed = weights / weights.sum(), batch_size, seed
+        shares = (weights / weights.sum()).cumsum()
+        self._up_to, self.batch_size, self.seed = shares / shares[-1], batch_size, seed
 
     def images_before(self, step: int) -> int:
         return step * self.batch_size
@@ -35,7 +36,9 @@ class Draws:
         return -int(-images // self.batch_size)
 
     def indices(self, step: int) -> Indices:
-        return np.random.default_rng([self.seed, step]).choice(len(self._shares), self.batch_size, p=self._shares)
+        # What Generator.choice does with p, which sums all the weights anew for every batch.
+        draws = np.random.default_rng([self.seed, step]).random(self.batch_size)
+        return np.searchsorted(self._up_to, draws, side="right")
 
 
 class Passes:

@@ -52,6 +52,7 @@ class Rollback(Report):
     step: int
     """Optimizer step, counted from 1, at which a loss was first not finite."""
     loss: str
+    """The loss, or the weights that the step left not finite though its losses were: `<network>.<tensor>`."""
     back_to_step: int
     learning_rate: float
 
@@ -136,7 +137,7 @@ def train(task: Task) -> Course:
             checked = course.step
             if regular:
                 task.game.adapt()
-            if task.snapshot_steps and (course.step % task.snapshot_steps == 0 or course.step == task.steps):
+            if task.snapshot_steps and _keeps(task, course.step):
                 _snapshot(task, course)
             if due:
                 _save(task, course)
@@ -159,7 +160,8 @@ def _shown(task: Task, course: Course) -> AbstractContextManager[Advance]:
 def _step(task: Task, course: Course) -> None:
     game, step = task.game, course.step
     batch = task.batches.indices(step)
-    indices = game.ranks.own(torch.from_numpy(batch)).to(task.images.device)
+    # Not waited for: of ordinary memory the driver has taken its copy when the call returns.
+    indices = game.ranks.own(torch.from_numpy(batch)).to(task.images.device, non_blocking=True)
     real = task.images[indices].permute(0, 3, 1, 2).float() / 127.5 - 1.0
     rng = Rng(_generator(task.seed, step, task.images.device), game.ranks)
     game.schedule(step / task.steps)
@@ -182,9 +184,19 @@ def _in_words(task: Task, losses: Tensor) -> str:
 
 
 def _collapse(task: Task, course: Course, first: int) -> TrainingCollapse | None:
-    """The first loss since step `first` that is not finite."""
+    """The first loss since step `first` that is not finite, or the first weight where weights are to be kept."""
     bad = (~course.losses[first : course.step].isfinite()).nonzero().tolist()
-    return TrainingCollapse(first + bad[0][0] + 1, task.game.losses[bad[0][1]]) if bad else None
+    if bad:
+        return TrainingCollapse(first + bad[0][0] + 1, task.game.losses[bad[0][1]])
+    if not _keeps(task, course.step):
+        return None
+    broken = [name for name, tensor in _tensors(task.game).items() if not tensor.isfinite().all()]
+    return TrainingCollapse(course.step, broken[0]) if broken else None
+
+
+def _keeps(task: Task, step: int) -> bool:
+    """Whether the weights after so many steps are kept, as a snapshot or as the last ones."""
+    return step == task.steps or bool(task.snapshot_steps and step % task.snapshot_steps == 0)
 
 
 def _roll_back(task: Task, course: Course, collapse: TrainingCollapse) -> bool:

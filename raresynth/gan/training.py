@@ -60,6 +60,7 @@ class GanReport(Report):
     collapsed_step: int | None = None
     """Optimizer step, counted from 1, at which a loss was first not finite."""
     collapsed_loss: str | None = None
+    """Which loss, or which weights, as in `Rollback`."""
     rollbacks: list[loop.Rollback]
     """Collapses after which training went back, and on with a lower learning rate."""
     label: str | None

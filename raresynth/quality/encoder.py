@@ -148,18 +148,21 @@ class Encoder:
         dimensions: length of a feature vector.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], width: int, resolution: int, sha256: str) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], width: int, resolution: int, sha256: str, device: str = "cpu"
+    ) -> None:
+        self._device = device
         self._network = EncoderNetwork(width)
         prefix = "network."
         self._network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        self._network.eval().to(memory_format=torch.channels_last)
+        self._network.eval().to(device).to(memory_format=torch.channels_last)
         self._center = tensors["center"].double().numpy()
         self._projection = tensors["projection"].double().numpy()
         self.sha256, self.resolution, self.dimensions = sha256, resolution, self._projection.shape[1]
 
     @classmethod
-    def load(cls, folder: Path) -> "Encoder":
-        """Load the encoder that `train_encoder` left in `folder`.
+    def load(cls, folder: Path, device: str = "cpu") -> "Encoder":
+        """Load the encoder that `train_encoder` left in `folder`, to work on `device`.
 
         Raises:
             CheckpointError: it is missing, damaged, or no encoder.
@@ -167,14 +170,14 @@ class Encoder:
         tensors, meta = load_checkpoint(folder)
         if meta.get("kind") != "encoder":
             raise CheckpointError(f"{folder} holds no encoder; name the folder that train-encoder wrote")
-        return cls(tensors, meta["width"], meta["resolution"], meta["weights_sha256"])
+        return cls(tensors, meta["width"], meta["resolution"], meta["weights_sha256"], device)
 
     def features(self, images: Pixels) -> Features:
         """Features of uint8 images (N, resolution, resolution, 3): float32 (N, dimensions).
 
         Over the train reals their mean is 0 and their variance, averaged over the dimensions, 1.
         """
-        statistics = stage_statistics(self._network, images, "cpu")
+        statistics = stage_statistics(self._network, images, self._device)
         return np.asarray((statistics - self._center) @ self._projection, dtype=np.float32)
 
 

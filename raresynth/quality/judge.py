@@ -33,10 +33,11 @@ class KidJudge:
         encoder_dir: Path,
         seed: int,
         cache_dir: Path | None,
+        device: str = "cpu",
     ) -> None:
         self._manifest = read_manifest(manifest_path)
         self._data_dir, self._seed, self._cache_dir = data_dir, seed, cache_dir
-        self._encoder = Encoder.load(encoder_dir)
+        self._encoder = Encoder.load(encoder_dir, device)
         self._reals = cache(self._read)
 
     def kid(self, label: str, images: Pixels) -> float | None:
@@ -50,10 +51,12 @@ class KidJudge:
     def gain(self, label: str, images: Pixels, others: Pixels) -> tuple[float, float]:
         """How much lower the images' KID is than the others', and that difference's standard error (jackknife).
 
-        Raises:
-            TooFewImages: the class has too few reals.
+        Both are 0 where the class has too few reals to tell.
         """
-        real = self._reals(label)
+        try:
+            real = self._reals(label)
+        except TooFewImages:
+            return 0.0, 0.0
         first, second = self._features(images), self._features(others)
         kid = kernel_distances(real.features, first, second, real.groups, np.arange(len(second)))
         (a, c), (_, b) = kid.covariance

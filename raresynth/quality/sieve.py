@@ -34,12 +34,13 @@ class TrainSieve:
         label: str,
         config: SynthesisConfig,
         cache_dir: Path | None,
+        device: str = "cpu",
     ) -> None:
         manifest = read_manifest(manifest_path)
         train = manifest[(manifest["split"] == "train") & (manifest["label"] == label)]
         self._config, self._groups = config, group_numbers(train)
         self._enough = train["group"].nunique() >= MIN_GROUPS
-        self._encoder = Encoder.load(encoder_dir)
+        self._encoder = Encoder.load(encoder_dir, device)
         self._pixels = load_images(train, data_dir, SIDE, cache_dir)
         self._features = self._encoder.features(load_images(train, data_dir, self._encoder.resolution, cache_dir))
         self._limit = self._typical_distance() if self._enough else np.inf

@@ -62,9 +62,10 @@ class ResidualGame(Game[ResidualSettings]):
         self.update(self.d_optimizer, d_loss + settings.gradient_penalty * PENALTY_EVERY_STEPS * penalty)
         self._note_confidence(real_logits, fake_logits)
 
+        seen = self._seen(fake, rng)  # outside of autocast, which would place its pixels with bf16's three digits
         with held(learned(self.discriminator)):
             with self.autocast(rng.device):
-                logits = self.discriminator(self._seen(fake, rng), labels, strength)
+                logits = self.discriminator(seen, labels, strength)
             g_loss = relativistic(logits, real_logits.detach())
             self.update(self.g_optimizer, g_loss)
         return torch.stack([d_loss, penalty, g_loss]).detach()
