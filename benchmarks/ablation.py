@@ -169,10 +169,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=2, help="at once")
+    parser.add_argument("--row", choices=ROWS, action="append", help="only this one")
     args = parser.parse_args()
     inputs = Inputs(args.run, args.data)
     os.environ["OMP_NUM_THREADS"] = "1"
-    runs = list(product(range(args.seeds), ROWS))
+    rows = args.row or list(ROWS)
+    runs = list(product(range(args.seeds), rows))
     with ProcessPoolExecutor(args.tasks, get_context("spawn"), max_tasks_per_child=1) as pool:
         for in_branches in (False, True):  # these come when the universal GAN that they share is there
             tasks = [
@@ -183,7 +185,7 @@ def main() -> None:
             for task in tasks:
                 task.result()
     print("| | mean KID, universal | mean KID, branches kept where they help | branches kept |\n|---|---|---|---|")
-    for row in ROWS:
+    for row in rows:
         places = [folder(args.out, row, seed) for seed in range(args.seeds)]
         results = [json.loads((place / "result.json").read_text()) for place in places]
         if any(result["status"] == "collapsed" for result in results):

@@ -57,7 +57,11 @@ class Bench:
         self.bundle, self.images, self.out = args.bundle.resolve(), args.images.resolve(), args.out.resolve()
         self.others: dict[str, Path] = {folder.name: folder for folder in args.strange}
         self.seconds, self.minutes = float(args.seconds), float(args.minutes)
-        self.label = next(iter(open_bundle(self.bundle).generators))
+
+    @property
+    def label(self) -> str:
+        """A class that the bundle has a generator of."""
+        return next(iter(open_bundle(self.bundle).generators))
 
     def photographs(self) -> list[bytes]:
         folder = self.out / "photographs"
