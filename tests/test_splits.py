@@ -67,6 +67,15 @@ def test_a_rare_class_is_present_in_every_split(n_groups):
     assert found["rare", "train"] >= max(found["rare", "val"], found["rare", "test"])
 
 
+def test_a_class_whose_groups_hold_rarer_ones_too_is_present_in_every_split():
+    for seed in range(400):
+        labels, groups = images(seed, classes=(30, 12, 8, 5), largest_group=2, mixed=0.6)
+        splits = assign_splits(labels, groups, SplitShares(), seed)
+        for label in set(labels):
+            own = {group for of, group in zip(labels, groups, strict=True) if of == label}
+            assert len(own) < 3 or {splits[group] for group in own} == set(SPLITS), (seed, label)
+
+
 def test_the_order_of_the_rows_does_not_matter():
     labels, groups = images(1, mixed=0.1)
     rows = list(zip(labels, groups, strict=True))

@@ -13,9 +13,8 @@ def assign_splits(labels: Sequence[str], groups: Sequence[str], shares: SplitSha
 
     Iterative stratification (Sechidis, Tsoumakas and Vlahavas 2011) over whole groups: classes from the rarest
     to the most common, a class's largest groups first, each to the split that lacks most images of that class.
-    A class of three groups or more is present in every split, unless some of its groups hold a rarer class too, by
-    which these are then placed. The result depends on the seed and on the sets of labels and groups, not on their
-    order.
+    A class of three groups or more is present in every split, unless its last groups hold other classes too that are
+    missing elsewhere. The result depends on the seed and on the sets of labels and groups, not on their order.
 
     Args:
         labels: class of each image.
@@ -34,18 +33,25 @@ def assign_splits(labels: Sequence[str], groups: Sequence[str], shares: SplitSha
         by_rarest.setdefault(min(counts, key=lambda label: (totals[label], label)), []).append(group)
 
     assigned: dict[str, str] = {}
-    present: dict[str, set[str]] = {label: set() for label in totals}
+    absent = {label: set(SPLITS) for label in totals}
+    left = Counter(label for counts in contents.values() for label in counts)
     for label in sorted(by_rarest, key=lambda label: (totals[label], label)):
         order = sorted(by_rarest[label], key=lambda group: (-contents[group][label], _shuffle_key(seed, group)))
-        for n_before, group in enumerate(order):
-            absent = [split for split in SPLITS if split not in present[label]]
-            # The last groups of a class go where it would otherwise be missing.
-            reserved = absent if len(order) - n_before <= len(absent) else SPLITS
-            split = max(reserved, key=lambda split: (round(wanted[split][label], 6), round(_lack(wanted[split]), 6)))
+        for group in order:
+            allowed = set(SPLITS)
+            # The last groups of a class go where it would otherwise be missing; the rarer class has the first say.
+            for other in sorted(contents[group], key=lambda other: (totals[other], other)):
+                if left[other] <= len(absent[other]):
+                    allowed = allowed & absent[other] or allowed
+            split = max(
+                (split for split in SPLITS if split in allowed),
+                key=lambda split: (round(wanted[split][label], 6), round(_lack(wanted[split]), 6)),
+            )
             assigned[group] = split
             for other, n in contents[group].items():
                 wanted[split][other] -= n
-                present[other].add(split)
+                left[other] -= 1
+                absent[other].discard(split)
     return assigned
 
 
