@@ -4,7 +4,7 @@ from kfp import dsl
 
 from components.artifacts import write_text
 from components.inputs import check_name
-from components.task import batch_dir, check_code, errors_as_sentences, run_dir
+from components.task import batch_dir, batches_of, check_code, errors_as_sentences, run_dir
 from raresynth.audit.synthetic import Generators, audit_batch
 from raresynth.bundle.contents import open_bundle
 from raresynth.bundle.sampler import generate_folder, no_generator
@@ -27,6 +27,8 @@ def classes_to_make(run: str, classes: list[str], name: str, code: str) -> list[
         check_code(code)
         check_name(name)
         bundle = open_bundle(run_dir(run) / "bundle")
+        if not bundle.generators:
+            raise CheckpointError(bundle.no_generators)
         for label in classes:
             if label not in bundle.generators:
                 raise CheckpointError(no_generator(bundle, label))
@@ -63,7 +65,6 @@ def publish(name: str, run: str, repository: str, branch: str, path: str, publis
         SystemExit: a batch is not what its bundle's generator makes, or the repository does not take it.
     """
     with errors_as_sentences():
-        batches = sorted(folder for folder in batch_dir(name).iterdir() if folder.is_dir())
-        report = publish_data(run_dir(run) / "bundle", batches, repository, branch, path)
+        report = publish_data(run_dir(run) / "bundle", batches_of(name), repository, branch, path)
     published.metadata.update(report.model_dump(mode="json"))
     write_text(published, report.model_dump_json(indent=2))

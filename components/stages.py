@@ -33,10 +33,9 @@ def validate(
     data: str, params: str, store: str, code: str, manifest: dsl.Input[dsl.Artifact], record: dsl.Output[dsl.Artifact]
 ) -> List[str]:  # noqa: UP006
     """Check every image, quarantine what is bad; returns the classes to synthesise."""
-    from components.task import run
-    from raresynth.flow import items
+    from components.task import items_after
 
-    return items(run("validate", data, params, store, code, record.path, {"build-manifest": manifest.path}), "label")
+    return items_after("label", "validate", data, params, store, code, record.path, {"build-manifest": manifest.path})
 
 
 @component
@@ -218,20 +217,17 @@ def gate(
     record: dsl.Output[dsl.Artifact],
 ) -> List[str]:  # noqa: UP006
     """Decide for each class whether its images may be used; returns the classifier's arms."""
-    from components.task import run
-    from raresynth.flow import items
+    from components.task import items_after
 
-    return items(
-        run(
-            "gate",
-            data,
-            params,
-            store,
-            code,
-            record.path,
-            {"validate": validation.path, "synthesize-majority": majority.path},
-        ),
+    return items_after(
         "arm",
+        "gate",
+        data,
+        params,
+        store,
+        code,
+        record.path,
+        {"validate": validation.path, "synthesize-majority": majority.path},
     )
 
 

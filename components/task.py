@@ -4,14 +4,15 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from raresynth import flow
 from raresynth.config import Params
 from raresynth.errors import RaresynthError, describe
-from raresynth.lineage import code_hash
-from raresynth.processes import end_with
+from raresynth.lineage import UNFINISHED, code_hash
+from raresynth.processes import end_with, one_task_of
 
 VOLUME = Path("/store")
 """Where tasks on a cluster see the volume that they share: images below data/, runs below runs/,
@@ -29,6 +30,12 @@ def run_dir(store: str) -> Path:
 def batch_dir(name: str) -> Path:
     """Folder of the batches of a name on the volume, one folder a class."""
     return VOLUME / "batches" / name
+
+
+def batches_of(name: str) -> list[Path]:
+    """The folders of the finished batches of a name."""
+    folders = (manifest.parent for manifest in batch_dir(name).glob("*/manifest.csv"))
+    return sorted(folder for folder in folders if not folder.name.startswith(UNFINISHED))
 
 
 def open_run(data: str, params: str, store: str) -> flow.Run:
@@ -58,7 +65,7 @@ def run(
     """
     _attach_to_parent()
     opened = open_run(data, params, store)
-    with errors_as_sentences():
+    with errors_as_sentences(), _place(opened.store):
         check_code(code)
         flow.execute(stage, opened, item, {name: Path(path) for name, path in given.items()})
     Path(record).parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +102,22 @@ def errors_as_sentences() -> Iterator[None]:
         else:
             print(f"raresynth: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def items_after(each: flow.Each, *stage: Any) -> list[str]:
+    """Run a stage, with the arguments of `run`, and say what those that come after it are repeated for.
+
+    Raises:
+        SystemExit: as in `run`, or that cannot be told.
+    """
+    opened = run(*stage)
+    with errors_as_sentences():
+        return flow.items(opened, each)
+
+
+def _place(store: Path) -> AbstractContextManager[None]:
+    """The run's folder, to work in beside other tasks; the local runner has it to itself and to its tasks."""
+    return nullcontext() if PARENT_PID in os.environ else one_task_of(store)
 
 
 def _attach_to_parent() -> None:

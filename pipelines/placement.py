@@ -31,8 +31,13 @@ _TRAINING = {
     "evaluate",
 }
 _WITHOUT_GPU = {"measure"}
-_NEVER_CACHED = {"fetch-data", "open-bundle", "generate", "publish-data"}
-"""Tasks whose inputs do not name all that they read: a branch moves on, a bundle is replaced."""
+_NEVER_CACHED = {"fetch-data", "open-bundle", "generate", "publish-data"} | {
+    *("finetune", "draw", "synthesize", "measure"),
+    *("gate", "report"),
+}
+"""Tasks whose inputs do not name all that they read: a branch moves on, a bundle is replaced; a class that an error
+ended is tried again, and the gate sees its result on the volume. The report, the last one, finds out where the volume
+no longer holds what the cache says. A stage that is finished there costs a look at its record."""
 
 
 def anywhere(component: Graph, /, **inputs) -> dsl.PipelineTask:

@@ -15,7 +15,7 @@ from typing import IO
 from components import task
 from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, RaresynthError, describe
-from raresynth.processes import only_run_of
+from raresynth.flow import alone_in
 from raresynth.report.summary import summarize
 
 
@@ -24,7 +24,7 @@ def main() -> int:
     data, params_path, store = map(Path, sys.argv[1:4])
     try:
         params = load_params(params_path)
-        with only_run_of(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
+        with alone_in(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
             _end_on_interrupt(scratch)
             error = _run_pipeline(data.resolve(), params.model_dump_json(), store.resolve(), Path(scratch))
     except (RaresynthError, OSError) as refused:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from raresynth import flow
 from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, CheckpointError, DataError, ParamsError, RaresynthError, describe
-from raresynth.processes import leads, only_run_of, rank_and_world
+from raresynth.processes import leads, rank_and_world
 
 _SHARDED = {name for name, stage in flow.STAGES.items() if stage.each in {"shard", "part"}}
 EXIT_BROKEN = 1
@@ -186,7 +186,7 @@ def _stage(arguments: argparse.Namespace) -> None:
     if arguments.item is not None and arguments.item not in known:
         choice = f"choose from {', '.join(known)}" if known else "it has nothing to do"
         raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; {choice}")
-    with only_run_of(run.store):
+    with flow.alone_in(run.store):
         if arguments.item is not None:
             records = [flow.execute(arguments.stage, run, arguments.item)]
         else:
@@ -194,6 +194,8 @@ def _stage(arguments: argparse.Namespace) -> None:
     for record in records if leads() else []:
         name = record.stage if record.item == flow.ALL else f"{record.stage} {record.item}"
         print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
+        if record.retry:
+            print(f"{name}: it is tried again by `raresynth run`, this command, or `dvc repro --force`")
     if arguments.stage == "report":
         from raresynth.report.summary import summarize
 
@@ -241,7 +243,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     from raresynth.tuning import tune
 
     run = _open_run(arguments.data, arguments.params, arguments.out)
-    with only_run_of(run.store):
+    with flow.alone_in(run.store):
         report = tune(run, arguments.minutes * 60)
     best = report.trials[0]
     knobs = ", ".join(f"{name} {value:.3g}" for name, value in best.knobs.items())

@@ -16,6 +16,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raresynth import lineage
 from raresynth.config import Params
 from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages, describe
-from raresynth.processes import leads, limit_threads, prepare_worker, rank_and_world
+from raresynth.processes import leads, limit_threads, only_run_of, prepare_worker, rank_and_world
 from raresynth.progress import lines_only
 
 if TYPE_CHECKING:
@@ -649,10 +650,10 @@ def execute(stage: str, run: Run, item: str = ALL, given: Mapping[str, Path] | N
     Under torchrun, as `pretrain` may be, all ranks call this alike and the first writes the record.
 
     Args:
-        given: records handed over by the caller, by stage; others are read from the run's folder.
+        given: records that the caller was handed, by stage: those that the run's folder must hold.
 
     Raises:
-        RaresynthError: an input is missing or cannot be used.
+        RaresynthError: an input is missing or cannot be used, or is not the one that the caller was handed.
     """
     limit_threads(run.params.compute.threads)
     spec = STAGES[stage]
@@ -719,8 +720,14 @@ def execute_all(stage: str, run: Run) -> list[Record]:
     workers = min(len(todo), run.params.compute.parallel_tasks)
     if workers <= 1:
         return [execute(stage, run, item) for item in todo]
-    with ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker, (os.getpid(),)) as pool:
-        return list(pool.map(execute, repeat(stage), repeat(run), todo))
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker, (os.getpid(),)) as pool:
+            return list(pool.map(execute, repeat(stage), repeat(run), todo))
+    except BrokenProcessPool:
+        raise RaresynthError(
+            f"a process of {stage} was killed, most likely for want of memory; lower compute.parallel_tasks, "
+            "and start the same command again, which goes on from here"
+        ) from None
 
 
 def _named_files(params: Params, sections: tuple[str, ...]) -> dict[str, str]:
@@ -745,7 +752,12 @@ def _upstream(spec: Stage, run: Run, item: str, given: Mapping[str, Path]) -> di
     needs: dict[str, dict[str, Record]] = {}
     for name in spec.needs:
         wanted = _wanted(run, spec.each, item, STAGES[name].each)
-        needs[name] = {of: _read_record(given.get(name) or record_path(run.store, name, of), name) for of in wanted}
+        needs[name] = {of: read_record(run.store, name, of) for of in wanted}
+        if name in given and any(_read_record(given[name], name) != record for record in needs[name].values()):
+            raise CheckpointError(
+                f"{run.store} no longer holds the result of {name} that this run was handed: another run of the same "
+                "name has replaced it; start this one without cache (submit --no-cache), or under another name"
+            )
     return needs
 
 
@@ -801,6 +813,21 @@ def _attempt(stage: str, task: Task) -> tuple[Outcome, bool]:
             return ("failed", f"{stage}: {describe(error)}"), True
         traceback.print_exc()
         return ("failed", f"{stage} ended with {type(error).__name__}: {error}"), True
+
+
+@contextmanager
+def alone_in(store: Path) -> Iterator[None]:
+    """Within the block no other process works in this run's folder; what killed ones left half-written is removed.
+
+    Raises:
+        RaresynthError: another process does.
+    """
+    with only_run_of(store):
+        places = {Path(spec.place).parts[0] for spec in STAGES.values()} | {"stages", "packed", "tuning"}
+        # Not everywhere: who writes files of his own into the folder holds no lock. And not by every rank.
+        for place in sorted(places) if leads() else ():
+            lineage.clear_unfinished(store / place)
+        yield
 
 
 @contextmanager

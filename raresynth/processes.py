@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from raresynth.errors import RaresynthError
-from raresynth.lineage import clear_unfinished
 
 
 def prepare_worker(parent: int) -> None:
@@ -47,8 +46,6 @@ def leads() -> bool:
 def only_run_of(store: Path) -> Iterator[None]:
     """Within the block no other process works in this run's folder, but for the ranks of one training.
 
-    What earlier ones left half-written, because they were killed, is removed.
-
     Raises:
         RaresynthError: another one does.
     """
@@ -56,12 +53,29 @@ def only_run_of(store: Path) -> Iterator[None]:
         yield
         return
     store.mkdir(parents=True, exist_ok=True)
+    with _locked(store, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def one_task_of(store: Path) -> Iterator[None]:
+    """Within the block this process is one of several that work in this run's folder, and no run takes it for its own.
+
+    Raises:
+        RaresynthError: one has.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with _locked(store, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _locked(store: Path, how: int) -> Iterator[None]:
     with (store / ".lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RaresynthError(f"another run is at work in {store}; wait for it or choose another --out") from None
-        clear_unfinished(store)
         yield
 
 

@@ -111,8 +111,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, params: Path) -> Non
 
 
 def test_what_a_killed_run_left_half_written_goes_and_nothing_else(tmp_path: Path) -> None:
-    from raresynth.lineage import UNFINISHED, write_text
-    from raresynth.processes import only_run_of
+    from raresynth.lineage import UNFINISHED, new_dir, write_text
 
     write_text(tmp_path / "stages" / "gate.json", "{}")
     (tmp_path / ".run.lock").touch()
@@ -123,8 +122,18 @@ def test_what_a_killed_run_left_half_written_goes_and_nothing_else(tmp_path: Pat
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / f"{UNFINISHED}x.npy").touch()
     assert len(list(tmp_path.rglob(f"{UNFINISHED}*"))) == 2
-    with only_run_of(tmp_path):
-        assert set(tmp_path.rglob("*")) == kept | {tmp_path / name for name in (".lock", "packed", "quality")}
+    with new_dir(tmp_path / "mine"):  # as `generate --out` into a run's folder
+        before = set(tmp_path.glob(f"{UNFINISHED}mine*"))
+        with cli.flow.alone_in(tmp_path):
+            expected = kept | before | {tmp_path / name for name in (".lock", "packed", "quality")}
+            assert set(tmp_path.rglob("*")) == expected
+
+
+def test_an_impossible_balance_is_one_sentence(sample_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("balance: {classes: [nope]}\n")
+    done = run("run", "--data", sample_data, "--params", path, "--out", tmp_path / "out")
+    assert "no train images of nope" in sentence(done)
 
 
 def test_out_must_not_touch_what_is_not_its_own(tmp_path: Path, params: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_state(tmp_path: Path) -> None:
     assert [folder.name for folder in (tmp_path / "out" / "state").iterdir()] == ["000000003"]
     assert load_state(tmp_path / "out", "another", "cpu") is None
     save_weights(tmp_path / "out", {"a": torch.ones(3)}, {})
-    (tmp_path / "out" / ".finished.half").mkdir()
+    (tmp_path / "out" / f"{lineage.UNFINISHED}finished.half").mkdir()
     finish(tmp_path / "out", Sample(figure=1.0))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["meta.json", "report.json", "weights.safetensors"]
 

@@ -188,6 +188,38 @@ def test_of_a_universal_gan_that_collapsed_every_class_fails_and_the_flow_goes_o
 
 
 @pytest.mark.slow
+def test_a_killed_process_of_a_stage_is_one_sentence_and_the_stage_goes_on(tiny_run: flow.Run, tmp_path: Path) -> None:
+    store, params = tmp_path / "store", tmp_path / "params.yaml"
+    shutil.copytree(tiny_run.store, store)
+    values = tiny_run.params.model_dump(mode="json")
+    values["compute"] |= {"parallel_tasks": 2}
+    params.write_text(yaml.safe_dump(values))
+    for label in flow.items(tiny_run, "label"):
+        flow.record_path(store, "finetune", label).unlink()
+    shutil.rmtree(store / "checkpoints" / "finetune")
+    command = [sys.executable, "-P", "-m", "raresynth.cli", "finetune"]
+    command += ["--data", str(tiny_run.data_dir), "--params", str(params), "--out", str(store)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (workers := [pid for pid in children.read_text().split() if is_worker(pid)]):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in output
+    assert "a process of finetune was killed" in output
+    subprocess.run(command, check=True, capture_output=True)
+    assert_equal_files(store, tiny_run.store)
+
+
+def is_worker(pid: str) -> bool:
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
 def test_classes_that_are_all_synthesised_leave_nothing_to_the_majority(tiny_run: flow.Run, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(tiny_run.store, store)
@@ -208,6 +240,12 @@ def test_a_class_that_fails_leaves_a_record_and_is_tried_again(tiny_run: flow.Ru
     place = store / flow.read_record(store, "synthesize", label).output
     shutil.rmtree(place)
     place.symlink_to(store / "absent" / "folder")  # it can neither be read nor written
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump(run.params.model_dump(mode="json")))
+    command = [sys.executable, "-P", "-m", "raresynth.cli", "synthesize", "--label", label]
+    command += ["--data", str(run.data_dir), "--params", str(params), "--out", str(store)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"synthesize {label}: it is tried again by" in done.stdout
     failed = flow.execute("synthesize", run, label)
     assert failed.status == "failed" and failed.retry and failed.files == {}
     assert failed.reason.startswith("synthesize: cannot read or write")

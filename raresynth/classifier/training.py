@@ -258,7 +258,7 @@ def _train(
             loss = _step(state, data, arm, config, seed)
             if not math.isfinite(loss):
                 advice = "lower classifier.learning_rate or set classifier.precision to fp32"
-                raise TrainingCollapse(state.step, "cross-entropy", advice)
+                raise TrainingCollapse(state.step, f"cross-entropy of arm {arm}", advice)
             state.loss_sum += loss
             if state.step in measured_at:
                 _measure(state, data)

@@ -50,9 +50,9 @@ class Rollback(Report):
     """A collapse after which training went back once, and on with a lower rate."""
 
     step: int
-    """Optimizer step, counted from 1, at which a loss was first not finite."""
+    """Optimizer step, counted from 1, at which a loss was first not finite, or weights were found not to be."""
     loss: str
-    """The loss, or the weights that the step left not finite though its losses were: `<network>.<tensor>`."""
+    """The loss, or the weights, `<network>.<tensor>`."""
     back_to_step: int
     learning_rate: float
 

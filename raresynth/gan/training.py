@@ -58,9 +58,9 @@ class GanReport(Report):
     reason: str | None = None
     """Why it collapsed, in words."""
     collapsed_step: int | None = None
-    """Optimizer step, counted from 1, at which a loss was first not finite."""
+    """As `step` in `Rollback`."""
     collapsed_loss: str | None = None
-    """Which loss, or which weights, as in `Rollback`."""
+    """As `loss` in `Rollback`."""
     rollbacks: list[loop.Rollback]
     """Collapses after which training went back, and on with a lower learning rate."""
     label: str | None
