@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -71,7 +72,7 @@ class ApiError(Exception):
     def response(self, request_id: str = "") -> JSONResponse:
         """As HTTP; the request's id is filled in on the way out."""
         detail = ErrorDetail(code=self.code, message=self.message, request_id=request_id)
-        retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+        retry = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         return JSONResponse(ErrorBody(error=detail).model_dump(), CODES[self.code][0], {**retry, **self.headers})
 
 

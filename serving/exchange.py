@@ -66,7 +66,7 @@ class Exchange:
         asked = headers.get("x-request-id", "")
         self.request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         self.client, self.status = "-", 0
-        self.body_is_read = not ({"content-length", "transfer-encoding"} & set(headers))
+        self.body_is_read = self._whole = not ({"content-length", "transfer-encoding"} & set(headers))
         self._began, self._answered = time.perf_counter(), 0.0
         self._failing: list[bytes] | None = None
         self._start: Message = {}
@@ -74,7 +74,8 @@ class Exchange:
 
     def take_body(self) -> None:
         """Its last byte is there: what took until now was the client's time."""
-        self.body_is_read, self._began = True, time.perf_counter()
+        self.body_is_read = self._whole = True
+        self._began = time.perf_counter()
 
     def on_end(self, what: Callable[[], None]) -> None:
         """Have something done as soon as the answer is sent or given up."""
@@ -145,7 +146,8 @@ class Exchange:
         path = self.route.path if self.route else "other"
         seconds = (self._answered or time.perf_counter()) - self._began
         metrics.requests.labels(path, str(self.status)).inc()
-        metrics.request_seconds.labels(path).observe(seconds)
+        if self._whole:  # else all of it was the client's time
+            metrics.request_seconds.labels(path).observe(seconds)
         if self.route is None or self.route.path not in ("/livez", "/readyz", "/metrics"):
             log.info("%s %s %s %d %.1f ms", self.request_id, self.client, path, self.status, seconds * 1000)
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -22,7 +23,7 @@ from serving.errors import ApiError
 from serving.exchange import RETRY_S, Exchange, log
 from serving.keys import Keys
 from serving.rate import RateLimit
-from serving.requests import PARSED, parse
+from serving.requests import FORMS, PARSED, parse
 from serving.routes import ASKED_PATH, Route, find_route
 from serving.settings import Settings
 
@@ -32,6 +33,9 @@ _NOT_WHEN_STOPPING = ("/readyz", "/generate_batch/submit")
 _KEPT_BACK = {b"authorization", b"range"}
 """Headers that nothing behind the front may see: keys would be written down with tasks, and answers come whole."""
 _DISCARD_BYTES, _DISCARD_S = 1_000_000, 1.0
+
+Checks = dict[str, Callable[[Any], None]]
+"""A route's path -> what raises an ApiError if its parsed body is to be refused."""
 
 
 class Gone(Exception):
@@ -47,17 +51,20 @@ class Front:
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
         drain: Drain | None = None,
+        checks: Checks | None = None,
     ) -> None:
         """Stand before an app.
 
         Args:
             clock: of the rate limit.
             drain: told of SIGTERM once the server has started; a new one if there is none.
+            checks: filled by the app once it has started; none if there are none.
 
         Raises:
             ParamsError: the file of keys cannot be used.
         """
         self._app, self.settings, self._drain = app, settings, drain or Drain()
+        self._checks = {} if checks is None else checks
         self._keys = Keys(settings.keys_file) if settings.keys_file else None
         log.setLevel(logging.INFO)  # BentoML shows warnings alone
         self._rate = RateLimit(settings.requests_per_minute, settings.burst, clock)
@@ -84,6 +91,9 @@ class Front:
             await exchange.refuse(error)
         except Gone:
             exchange.status = 499
+        except Exception:
+            log.exception("%s failed", exchange.request_id)
+            await exchange.refuse(ApiError("internal", "the service failed; tell its admin the request_id"))
         finally:
             exchange.end()
 
@@ -121,12 +131,15 @@ class Front:
             body = await self._read(receive, most, take)
             exchange.take_body()
             scope[PARSED] = await parse(route.body, exchange.headers.get("content-type", ""), body)
+            if check := self._checks.get(route.path):
+                check(scope[PARSED])
+            if route.body in FORMS:
+                body = b""  # nobody reads it again, and it would double what the uploads take
             await self._counted(exchange, scope, body, receive)
 
     def _most(self, route: Route, headers: Headers) -> int:
         """Bytes that the body may have: as many as it is said to have, if these are few enough and there is room."""
-        form = route.body is not None and "multipart" in headers.get("content-type", "")
-        most = int(self.settings.max_body_mb * 1e6) if form else _LARGEST_JSON
+        most = int(self.settings.max_body_mb * 1e6) if route.body in FORMS else _LARGEST_JSON
         length = headers.get("content-length", "")
         size = int(length) if length.isascii() and length.isdigit() else most
         if size > most:
@@ -203,11 +216,6 @@ class Front:
                 await self._app(scope, receive, exchange.send)
         except TimeoutError:
             raise ApiError("timeout", f"the work took longer than {self.settings.timeout_s:g} s") from None
-        except (ApiError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            log.exception("%s failed", exchange.request_id)
-            raise ApiError("internal", "the service failed; tell its admin the request_id") from error
         finally:
             exchange.deadline = None  # over; what is refused now has none
 
@@ -226,7 +234,7 @@ def _check_loopback(scope: Scope, headers: Headers) -> None:
     So must the page that asks, if one does: a form of any page can be sent here, though the page sees no answer.
     """
     reached = str((scope.get("server") or ("",))[0])
-    asked_by = [urlsplit(origin).netloc for origin in headers.getlist("origin")]
+    asked_by = [origin.partition("://")[2] for origin in headers.getlist("origin")]
     if not all(map(_is_loopback, [reached, headers.get("host", ""), *asked_by])):
         raise ApiError("no_key", "the service has no API keys, so it answers on 127.0.0.1 and localhost alone")
 

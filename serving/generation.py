@@ -67,6 +67,15 @@ class Generation:
         finally:
             dropped.set()
 
+    def check(self, order: Order) -> None:
+        """Whether a batch may be begun.
+
+        Raises:
+            ApiError: the label has no accepted generator, or too many batches run or wait.
+        """
+        self._models.sampler(order.label)
+        self._check_room(RETRY_S)
+
     async def batch(self, order: Order) -> BatchResult:
         """Leave the archive of a large order as a file.
 
@@ -78,8 +87,7 @@ class Generation:
 
     async def _batch(self, order: Order) -> BatchResult:
         sampler, drawing = self._prepare(order)
-        if len(self._tasks) >= self._settings.max_tasks:
-            raise ApiError("overloaded", "too many batches run or wait already; try again", RETRY_S)
+        self._check_room(None)  # again, for others may have been begun since `check`
         dropped = _Batch()
         self._tasks.add(dropped)
         metrics.tasks_in_flight.set(len(self._tasks))
@@ -92,10 +100,15 @@ class Generation:
                 "no_space", "the service cannot write the archive; ask for less, or tell its admin"
             ) from error
         except Dropped:
-            raise ApiError("overloaded", "the service is going down; ask again", RETRY_S) from None
+            raise ApiError("overloaded", "the service was going down; submit it again") from None
         finally:
             self._tasks.discard(dropped)
             metrics.tasks_in_flight.set(len(self._tasks))
+
+    def _check_room(self, retry_after_s: float | None) -> None:
+        """No time is told where the answer is kept as a task's: it stays the same."""
+        if len(self._tasks) >= self._settings.max_tasks:
+            raise ApiError("overloaded", "too many batches run or wait already; submit it again", retry_after_s)
 
     def oldest_s(self) -> float:
         """How long the oldest archive has been under way or a batch has made no image, in seconds."""

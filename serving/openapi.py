@@ -10,7 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from raresynth import __version__
 from serving.errors import CODES, ErrorBody
-from serving.requests import Body, Image, Images
+from serving.requests import FORMS, Body, Image
 from serving.routes import ROUTES, Route
 
 _REF = "#/components/schemas/{model}"
@@ -86,7 +86,7 @@ def _error(status: int, codes: list[str]) -> dict[str, Any]:
 
 
 def _body(kind: type[Body], example: Mapping[str, Any]) -> dict[str, Any]:
-    form = kind in (Image, Images)
+    form = kind in FORMS
     content: dict[str, Any] = {"schema": _reference(kind), "example": dict(example)}
     if form:
         # A file cannot stand in an example; the fields' encoding says what the parts are.

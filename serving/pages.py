@@ -58,7 +58,13 @@ async def _card(request: Request) -> Response:
 
 
 async def _docs(request: Request) -> Response:
-    return JSONResponse(openapi())
+    return Response(_document(), media_type="application/json")
+
+
+@cache
+def _document() -> bytes:
+    """Made once: that holds everyone up for longer than a prediction takes."""
+    return bytes(JSONResponse(openapi()).body)
 
 
 async def _archive(request: Request) -> Response:

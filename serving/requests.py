@@ -62,6 +62,10 @@ class Images(Body):
     overlay: bool = False
 
 
+FORMS = (Image, Images)
+"""Bodies that are multipart forms; the others are JSON."""
+
+
 class Order(Body):
     """Synthetic images of one label: images 0 .. n - 1 of a seed."""
 
@@ -86,7 +90,7 @@ async def parse(kind: type[Body], content_type: str, body: bytes) -> Body:
     Raises:
         ApiError: it is malformed, or holds too many images.
     """
-    files = kind in (Image, Images)
+    files = kind in FORMS
     expected = "multipart/form-data" if files else "application/json"
     if _media_type(content_type) != expected:
         raise ApiError("malformed", f"the body must be {expected}")

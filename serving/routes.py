@@ -102,7 +102,7 @@ ROUTES = (
         "generate",
         TaskStatus,
         LargeOrder,
-        errors=("too_large", "no_space", "stopping"),
+        errors=("no_generator", "too_large", "no_space", "stopping"),
         example={**_ORDER, "n": 10_000},
         answer_example=_TASK,
     ),
@@ -123,7 +123,7 @@ ROUTES = (
         "generate",
         BatchResult,
         query=("task_id",),
-        errors=("malformed", "not_found", "no_generator", "unfinished", "no_space"),
+        errors=("malformed", "not_found", "unfinished", "no_space"),
         answer_example={
             "path": "/generated/0f9e6c5d7b8a49e2a1c3d5e7f9b1a3c5.zip",
             "sha256": "b5bb9d80…",

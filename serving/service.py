@@ -7,10 +7,12 @@ import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import bentoml
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from bentoml.validators import ContentType
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -21,7 +23,7 @@ from serving.approval import open_approved
 from serving.connections import install
 from serving.drain import Drain
 from serving.errors import answered
-from serving.front import Front
+from serving.front import Checks, Front
 from serving.keys import Keys
 from serving.metrics import hold_space
 from serving.pages import pages
@@ -31,6 +33,7 @@ from serving.settings import SERVER, read_settings
 Zip = Annotated[Path, ContentType("application/zip")]
 READ_ONLY = pages()
 DRAIN = Drain()
+CHECKS: Checks = {}
 
 
 @contextmanager
@@ -53,13 +56,19 @@ class Guarded(bentoml.Service):
         settings = read_settings()
         install()
         hold_space()
-        # The deadline is the front's; BentoML's comes later, in case.
-        self.config["traffic"] = {
-            **self.config.get("traffic", {}),
-            "timeout": settings.timeout_s + settings.body_timeout_s,
-        }
+        app = super().to_asgi(is_main)
+        # It runs the work as a task of its own, which no cancellation reaches; the deadline is the front's.
+        app.user_middleware = [one for one in app.user_middleware if one.cls is not TimeoutMiddleware]
         with _or_never_again():
-            return Front(super().to_asgi(is_main), settings, drain=DRAIN)
+            return Front(app, settings, drain=DRAIN, checks=CHECKS)
+
+    def schema(self) -> dict[str, Any]:
+        """What /schema.json answers."""
+        return self._schema
+
+    @cached_property
+    def _schema(self) -> dict[str, Any]:
+        return dict(super().schema())
 
 
 @bentoml.service(
@@ -88,6 +97,7 @@ class Raresynth:
         self._classification = Classification(models, settings)
         self._generation = Generation(models, settings, READ_ONLY.state.results_dir)
         DRAIN.at_once(self._generation.stop)  # the batches that nobody will be able to fetch
+        CHECKS["/generate_batch/submit"] = self._generation.check  # BentoML answers before it begins a task
         # All that is loaded stays: the collector, which looked it through, held up everyone for a tenth of a second.
         gc.collect()
         gc.freeze()

@@ -17,6 +17,9 @@ from serving.errors import ApiError
 from serving.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG_START = b"\xff\xd8\xff"
+_NO_FILL = re.compile(rb"[^\x00\r\n ]")
+"""What may not stand behind an image."""
 _START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
 MAX_SCANS = 100
 """Passes of a progressive JPEG; ordinary ones have about ten, and each costs a pass over all pixels."""
@@ -61,7 +64,9 @@ def check_upload(content: bytes, settings: Settings) -> int:
     if width * height > settings.max_megapixels * 1e6:
         most = f"{settings.max_megapixels:g} megapixels"
         raise ApiError("too_many_pixels", f"the image has {width} x {height} pixels; send one of at most {most}")
-    if kind != "MPO" and content[end:].strip(b"\x00\r\n "):
+    if kind == "MPO":
+        end = _mpo_end(content, end, frames)
+    if _NO_FILL.search(content, end):
         raise ApiError("trailing_data", "the file goes on after the image's end; save the image anew")
     return width * height
 
@@ -129,10 +134,22 @@ def _webp_end(content: bytes) -> int:
     raise _overdone()
 
 
-def _jpeg_end(content: bytes) -> int:
+def _mpo_end(content: bytes, end: int, frames: int) -> int:
+    """Where the last of a JPEG's images ends, which lie one behind the other; tools that change the first may have
+    dropped the others.
+    """
+    for _ in range(frames - 1):
+        found = _NO_FILL.search(content, end)
+        if found is None or not content.startswith(_JPEG_START, found.start()):
+            break
+        end = _jpeg_end(content, found.start())
+    return end
+
+
+def _jpeg_end(content: bytes, at: int = 0) -> int:
     exif = bytearray()
     scans = 0
-    for marker, segment in _segments(content):
+    for marker, segment in _segments(content, at):
         if marker == _END:
             return segment.stop
         scans += marker == _SCAN
@@ -148,9 +165,9 @@ def _jpeg_end(content: bytes) -> int:
     raise _broken()
 
 
-def _segments(content: bytes) -> Iterator[tuple[int, range]]:
+def _segments(content: bytes, at: int) -> Iterator[tuple[int, range]]:
     """A JPEG's markers, each with where its segment's content lies; an end of the image is an empty one."""
-    at, pixels = 2, False
+    at, pixels = at + 2, False
     for _ in range(MAX_SEGMENTS):
         found = _MARKER.search(content, at)
         if found is None or not (pixels or found.start() - at <= MAX_FILL):

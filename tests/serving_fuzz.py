@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from PIL import Image
-from serving_images import animated, encoded, huge_png
+from serving_images import animated, archive, encoded, huge_png
 
 from serving.errors import CODES
 
@@ -189,6 +189,10 @@ def _filled(random: Random, content: bytes) -> bytes:
     return content[:at] + random.choice((b"\0", b"\xff", b"\xff\xd9", random.randbytes(7))) * 300 + content[at:]
 
 
+def _followed(random: Random, content: bytes) -> bytes:
+    return content + random.choice((b"", b"\0\n", b"\xff\xd8\xff\xd9")) + archive()
+
+
 IMAGE_MUTATIONS: dict[str, Callable[[Random, bytes], bytes]] = {
     "bits flipped": _flipped,
     "truncated": _truncated,
@@ -196,6 +200,7 @@ IMAGE_MUTATIONS: dict[str, Callable[[Random, bytes], bytes]] = {
     "lengths changed": _with_other_numbers,
     "spliced": _spliced,
     "filled": _filled,
+    "archive behind": _followed,
 }
 
 

@@ -60,6 +60,7 @@ def bad_uploads() -> dict[str, tuple[bytes, str]]:
         "truncated webp": (webp[: len(webp) // 2], "undecodable"),
         "jpeg and zip": (jpeg + archive(), "trailing_data"),
         "jpeg and zip with a marker": (jpeg + archive() + b"\xff\xd9", "trailing_data"),
+        "jpeg with a preview and zip": (animated("MPO") + archive(), "trailing_data"),
         "png and zip": (png + archive(), "trailing_data"),
         "webp and zip": (webp + archive(), "trailing_data"),
         "bomb": (huge_png(30_000, 30_000), "too_many_pixels"),

@@ -153,9 +153,9 @@ def test_everything_that_selects_pods_selects_these(documents: list[Document]) -
     (deployment,) = of_kind(documents, "Deployment").values()
     assert selects(deployment["spec"]["selector"], labels)
     assert all(selects(spread["labelSelector"], labels) for spread in spec["topologySpreadConstraints"])
-    (service,) = of_kind(documents, "Service").values()
-    assert selects({"matchLabels": service["spec"]["selector"]}, labels)
-    assert [port["targetPort"] for port in service["spec"]["ports"]] == ["http"]
+    for service in of_kind(documents, "Service").values():
+        assert selects({"matchLabels": service["spec"]["selector"]}, labels)
+        assert [(port["name"], port["targetPort"]) for port in service["spec"]["ports"]] == [("http", "http")]
     assert selects(of_kind(documents, "NetworkPolicy")[NAME]["spec"]["podSelector"], labels)
     assert labels["app.kubernetes.io/name"] == NAME and not selects(
         {"matchLabels": {"app.kubernetes.io/name": NAME}}, publishing()["metadata"]["labels"]
@@ -268,7 +268,9 @@ def test_images_are_held_by_their_digest(production: list[Document]) -> None:
 
 def test_the_ingress_lets_through_what_the_service_takes(production: list[Document], tmp_path: Path) -> None:
     found = settings(production, tmp_path)
-    hashed = set()
+    services = of_kind(production, "Service")
+    paths: dict[bool, set[str]] = {True: set(), False: set()}
+    backends: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for ingress in of_kind(production, "Ingress").values():
         notes = {name.rpartition("/")[2]: value for name, value in ingress["metadata"]["annotations"].items()}
         assert int(notes["proxy-body-size"].removesuffix("m")) * 2**20 >= found.max_body_mb * 1e6
@@ -278,14 +280,27 @@ def test_the_ingress_lets_through_what_the_service_takes(production: list[Docume
         (tls,), (rule,) = ingress["spec"]["tls"], ingress["spec"]["rules"]
         assert tls["hosts"] == [rule["host"]]
         for path in rule["http"]["paths"]:
-            assert path["backend"] == {"service": {"name": NAME, "port": {"name": "http"}}}
-            if "upstream-hash-by" in notes:
-                hashed.add(path["path"])
+            backend = path["backend"]["service"]
+            assert backend["port"]["name"] in {port["name"] for port in services[backend["name"]]["spec"]["ports"]}
+            hashed = "upstream-hash-by" in notes
+            paths[hashed].add(path["path"])
+            backends[hashed].add((backend["name"], backend["port"]["name"]))
+    assert not backends[True] & backends[False], "ingress-nginx has one rule for each service and port"
     # What a pod keeps to itself.
     own = {
         "/" + route.path.split("/")[1] for route in ROUTES if route.path.startswith(("/generate_batch", "/generated"))
     }
-    assert hashed == own
+    assert paths[True] == own
+
+
+def test_each_pod_is_watched_once(production: list[Document]) -> None:
+    (monitor,) = of_kind(production, "ServiceMonitor").values()
+    found = {
+        name
+        for name, service in of_kind(production, "Service").items()
+        if selects(monitor["spec"]["selector"], service["metadata"]["labels"])
+    }
+    assert found == {NAME}
 
 
 # Bundles

@@ -22,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving_images import encoded
 from serving_process import ROOT, Served, environment, serving, wait_until_ready
 
+from serving.settings import Settings
+
 LABEL = "vascular"
 WHEN_S = 20
 
@@ -85,6 +87,7 @@ def served(accepted_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "body_timeout_s": 1.5,
         "timeout_s": 3,
         "max_connections": 40,
+        "max_tasks": 1,
     }
     with serving(folder / "log", **settings) as service:
         yield service
@@ -162,6 +165,33 @@ def test_work_for_a_client_that_goes_away_mid_answer_frees_its_place(served: Ser
     assert eventually(lambda: in_flight(served) == 0)
 
 
+def test_what_clients_order_that_are_gone_is_not_drawn(served: Served) -> None:
+    body = json.dumps({"label": LABEL, "n": 256}).encode()
+    order = head("/generate", "Content-Type: application/json", f"Content-Length: {len(body)}") + body
+    log_before = len(served.log.read_text())
+    drawn_before, given_up_before = figure(served, "raresynth_generated_images_total"), given_up(served)
+    for _ in range(40):
+        with connected(served) as connection:
+            connection.sendall(order)
+    assert eventually(lambda: given_up(served) == given_up_before + 40)
+    time.sleep(3)
+    threads = Settings().threads
+    assert figure(served, "raresynth_generated_images_total") - drawn_before <= threads * 256
+    assert status(served, "/readyz") == 200 and in_flight(served) == 0
+    assert "Traceback" not in served.log.read_text()[log_before:]
+
+
+def test_a_batch_that_cannot_be_begun_is_refused_at_once(served: Served) -> None:
+    first = ordered(served, 2000)
+    assert eventually(lambda: figure(served, "raresynth_tasks_in_flight") == 1)
+    for label, expected in ((LABEL, (503, "overloaded")), ("nevus", (404, "no_generator"))):
+        refused = httpx.post(f"{served.url}/generate_batch/submit", json={"label": label, "n": 1}, timeout=30)
+        assert (refused.status_code, refused.json()["error"]["code"]) == expected
+        assert ("retry-after" in refused.headers) == (expected[0] == 503)
+    assert task(served, first).json()["status"] == "in_progress", "it ended too soon to be in the way"
+    assert eventually(lambda: task(served, first).json()["status"] == "completed")
+
+
 def test_the_work_of_a_pipelined_request_is_dropped_with_its_client(served: Served) -> None:
     body = json.dumps({"label": LABEL, "n": 256}).encode()
     one = head("/generate", "Content-Type: application/json", f"Content-Length: {len(body)}") + body
@@ -210,16 +240,21 @@ def test_work_that_does_not_end_is_told_by_the_probes_and_no_longer_than_it_last
     # A progressive image that takes far longer than 0.4 s.
     with serving(tmp_path / "log", **settings) as service:
         heavy = many_scans(90)
-        slow = threading.Thread(target=lambda: httpx.post(f"{service.url}/predict", files={"image": heavy}, timeout=30))
+        answers: list[httpx.Response] = []
+        slow = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{service.url}/predict", files={"image": heavy}, timeout=30))
+        )
         slow.start()
         seen: set[tuple[str, int]] = set()
         eventually(lambda: seen.add(("/readyz", status(service, "/readyz"))) or ("/readyz", 503) in seen)
         refused = httpx.get(f"{service.url}/readyz")
         eventually(lambda: status(service, "/livez") == 503)
         slow.join()
+        assert answers[0].status_code == 504 and answers[0].json()["error"]["code"] == "timeout"
         assert ("/readyz", 503) in seen
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "not_ready"
         assert eventually(lambda: status(service, "/readyz") == status(service, "/livez") == 200)
+        assert "Traceback" not in service.log.read_text()
 
 
 def many_scans(n: int) -> bytes:

@@ -1,6 +1,7 @@
 """The service's parts, each alone."""
 
 import asyncio
+import gc
 import hashlib
 import io
 import itertools
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
-from collections.abc import MutableMapping, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 from PIL import Image
+from prometheus_client import REGISTRY
 from serving_images import animated, bad_uploads, encoded
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,6 +36,7 @@ from raresynth.bundle.sampler import Sampler
 from raresynth.dataset.images import decode_image
 from raresynth.errors import CheckpointError, ParamsError
 from raresynth.gan.png import read_provenance
+from serving import service
 from serving.activation import ActivationMaps
 from serving.approval import open_approved
 from serving.archives import Dropped, Order, write_archive
@@ -44,6 +48,7 @@ from serving.generation import Generation
 from serving.keys import Keys, main
 from serving.models import Models
 from serving.openapi import openapi
+from serving.pages import pages
 from serving.rate import RateLimit
 from serving.requests import MAX_IMAGES, Images, LargeOrder, parse
 from serving.requests import Image as OneImage
@@ -70,6 +75,15 @@ def test_a_bad_upload_is_refused_by_name(name: str) -> None:
 def test_a_good_upload_is_decoded_as_in_training(kind: str) -> None:
     content = animated("MPO") if kind == "MPO" else encoded(kind)
     assert np.array_equal(decode_upload(content, 32, SMALL), decode_image(content, 32))
+
+
+def test_a_jpeg_whose_preview_was_dropped_is_taken_and_one_whose_preview_is_damaged_is_not() -> None:
+    content = animated("MPO")
+    preview = content.rindex(b"\xff\xd8\xff")
+    for taken in (content[:preview], content[:preview] + bytes(100) + content[preview:], content + b"\r\n"):
+        check_upload(taken, SMALL)
+    with pytest.raises(ApiError, match="damaged"):
+        check_upload(content[:-20], SMALL)
 
 
 def test_a_progressive_jpeg_of_many_scans_is_refused() -> None:
@@ -250,6 +264,33 @@ def test_an_archive_that_cannot_be_written_is_told_and_leaves_nothing(accepted_b
     for _ in range(3):
         asyncio.run(ask(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2, "the oldest is deleted"
+
+
+def test_a_batch_is_refused_before_it_is_begun_and_what_a_task_keeps_names_no_time(
+    accepted_bundle: Path, tmp_path: Path
+) -> None:
+    generation = Generation(Models(Settings(bundle=accepted_bundle)), Settings(max_tasks=1), tmp_path)
+    order = LargeOrder(label="vascular", n=300)
+
+    async def scenario() -> list[ApiError]:
+        generation.check(order)
+        first = asyncio.create_task(generation.batch(order))
+        await asyncio.sleep(0)
+        errors = []
+        for refused in (order, LargeOrder(label="nevus")):
+            with pytest.raises(ApiError) as told:
+                generation.check(refused)
+            errors.append(told.value)
+        with pytest.raises(ApiError) as kept:
+            await generation.batch(order)
+        generation.stop()
+        with pytest.raises(ApiError) as dropped:
+            await first
+        return [*errors, kept.value, dropped.value]
+
+    errors = asyncio.run(scenario())
+    assert [error.code for error in errors] == ["overloaded", "no_generator", "overloaded", "overloaded"]
+    assert [error.retry_after_s is None for error in errors] == [False, True, True, True]
 
 
 def test_archives_are_kept_by_their_order_whatever_the_clock_says(accepted_bundle: Path, tmp_path: Path) -> None:
@@ -557,6 +598,24 @@ def test_errors_of_any_kind_come_in_one_format() -> None:
     assert error_of(asked(PlainTextResponse("x"), Settings(), "GET", "/nowhere")) == "not_found"
 
 
+def test_what_fails_in_the_front_itself_is_told_in_that_format_too() -> None:
+    def broken(order: object) -> None:
+        raise RuntimeError("secret")
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Front(JSONResponse({}), Settings(), checks={"/generate": broken}))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.post("/generate", **ORDER)
+
+    response = asyncio.run(ask())
+    assert error_of(response) == "internal" and "secret" not in response.text
+
+
+def test_the_time_to_wait_is_never_too_short() -> None:
+    told = [ApiError("rate", "wait", seconds).response().headers["retry-after"] for seconds in (0.01, 1, 1.4, 2.5)]
+    assert told == ["1", "1", "2", "3"]
+
+
 def test_ids_are_kept_if_they_are_plain() -> None:
     good = asked(PlainTextResponse("x"), Settings(), "GET", "/model", headers={"X-Request-ID": "run-1.a"})
     assert good.headers["x-request-id"] == "run-1.a"
@@ -585,6 +644,12 @@ def test_without_keys_only_loopback_is_served(url: str, host: str, served: bool)
 
     response = asyncio.run(ask())
     assert response.status_code == 200 if served else error_of(response) == "no_key"
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://]", "null", "://", "http://evil.example?://localhost", "//[::"])
+def test_an_origin_that_is_none_is_refused(origin: str) -> None:
+    response = asked(PlainTextResponse("x"), Settings(), "GET", "/model", headers={"Origin": origin})
+    assert error_of(response) == "no_key"
 
 
 def test_the_key_goes_no_further_than_the_front() -> None:
@@ -693,6 +758,80 @@ def test_under_overload_the_answer_is_a_503_that_says_when_to_come_back() -> Non
             assert error_of(response) == "overloaded" and int(response.headers["retry-after"]) >= 1
 
 
+def test_how_much_may_be_sent_goes_by_the_path_and_not_by_what_the_body_is_called() -> None:
+    long = json.dumps({"label": "x" * 20_000}).encode()
+    for kind in ("application/json; x=multipart", "multipart/form-data; boundary=x"):
+        response = asked(
+            JSONResponse({}), Settings(), "POST", "/generate", content=long, headers={"Content-Type": kind}
+        )
+        assert error_of(response) == "too_large"
+    _, body = form(("image", "a.png", bytes(50_000)))
+    headers = {"Content-Type": "Multipart/Form-Data; boundary=x"}
+    assert asked(JSONResponse({}), Settings(), "POST", "/predict", content=body, headers=headers).status_code == 200
+
+
+def test_what_clients_alone_took_long_for_is_no_time_of_the_service() -> None:
+    def count(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"raresynth_{name}", {"path": "/generate", **labels}) or 0
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(0.2)
+        yield b"}"
+
+    settings = Settings(body_timeout_s=0.1)
+    own, other = {"Content-Type": "application/json"}, {"Origin": "http://evil.example"}
+    for headers, status in ((own, 408), (own | other, 401)):
+        times, told = count("request_seconds_count"), count("requests_total", status=str(status))
+        response = asked(JSONResponse({}), settings, "POST", "/generate", content=slow_body(), headers=headers)
+        assert response.status_code == status
+        assert count("request_seconds_count") == times
+        assert count("requests_total", status=str(status)) == told + 1
+
+
+def test_an_upload_lies_in_memory_once_while_it_is_answered() -> None:
+    size, piece = 8_000_000, 65_536
+    held: list[int] = []
+    head, end = form(("image", "a.png", b"\r\n"))[1].split(b"\r\n\r\n\r\n\r\n")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        await JSONResponse({})(scope, receive, send)
+
+    def client() -> Receive:
+        left = iter([head + b"\r\n\r\n", *[piece] * (size // piece), b"\r\n" + end])
+
+        async def receive() -> dict[str, object]:
+            part = next(left, None)
+            if part is None:
+                await asyncio.sleep(30)
+            body = bytes(part) if isinstance(part, int) else part
+            return {"type": "http.request", "body": body, "more_body": not body or not body.startswith(b"\r\n--x--")}
+
+        return receive
+
+    async def scenario() -> int:
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=x")]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "server": ("127.0.0.1", 1)}
+        statuses = []
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            statuses.append(message.get("status"))
+
+        front = Front(app, Settings())
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            await front(scope, client(), send)  # type: ignore[arg-type]
+        finally:
+            tracemalloc.stop()
+        assert statuses[0] == 200
+        return held[0] - before
+
+    assert 0.9 * size < asyncio.run(scenario()) < 1.3 * size
+
+
 def test_bodies_together_may_not_fill_the_memory() -> None:
     async def scenario(came: int) -> list[int]:
         front = Front(JSONResponse({}), Settings(max_buffered_mb=1, max_body_mb=1, body_timeout_s=0.2))
@@ -743,6 +882,36 @@ def test_the_document_covers_every_route_and_only_routes_are_found() -> None:
     assert find_route("GET", "/generated/" + "a" * 32 + ".zip")[0] is not None
     for path in ("/generated/../bundle.json", "/generated/.x.zip", "/docsXjson", "/predict/", "/generate_batch/cancel"):
         assert find_route("GET", path) == (None, [])
+
+
+def test_documents_that_anyone_may_ask_for_are_made_once() -> None:
+    bodies: list[object] = []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        bodies.append(message.get("body"))
+
+    scope = {"type": "http", "method": "GET", "path": "/docs.json", "headers": []}
+    app = pages()
+    for _ in range(2):
+        asyncio.run(app(dict(scope), receive, send))  # type: ignore[arg-type]
+    assert bodies[1] is bodies[3] and json.loads(bodies[1]) == openapi()  # type: ignore[arg-type]
+    schema = service.Raresynth.schema()
+    assert schema is service.Raresynth.schema() and "/predict" in {route["route"] for route in schema["routes"]}
+
+
+def test_nothing_of_bentoml_runs_work_where_no_cancellation_reaches_it(tmp_path: Path) -> None:
+    program = (
+        "from serving.service import Raresynth\n"
+        "print(*[middleware.cls.__name__ for middleware in Raresynth.to_asgi()._app.user_middleware])\n"
+    )
+    variables = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.split()
+    assert "ContextMiddleware" in names and "TimeoutMiddleware" not in names
 
 
 def test_importing_the_service_loads_no_models_and_no_torch() -> None:
