@@ -21,6 +21,8 @@ _JPEG_START = b"\xff\xd8\xff"
 _NO_FILL = re.compile(rb"[^\x00\r\n ]")
 """What may not stand behind an image."""
 _START = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
+MAX_BEHIND = 8
+"""Images that a camera may put behind a JPEG: previews, maps of depth and brightness."""
 MAX_SCANS = 100
 """Passes of a progressive JPEG; ordinary ones have about ten, and each costs a pass over all pixels."""
 MAX_SEGMENTS, MAX_FILL = 1_000, 16
@@ -64,8 +66,8 @@ def check_upload(content: bytes, settings: Settings) -> int:
     if width * height > settings.max_megapixels * 1e6:
         most = f"{settings.max_megapixels:g} megapixels"
         raise ApiError("too_many_pixels", f"the image has {width} x {height} pixels; send one of at most {most}")
-    if kind == "MPO":
-        end = _mpo_end(content, end, frames)
+    if content.startswith(_JPEG_START):
+        end = _last_jpeg_end(content, end)
     if _NO_FILL.search(content, end):
         raise ApiError("trailing_data", "the file goes on after the image's end; save the image anew")
     return width * height
@@ -134,11 +136,12 @@ def _webp_end(content: bytes) -> int:
     raise _overdone()
 
 
-def _mpo_end(content: bytes, end: int, frames: int) -> int:
-    """Where the last of a JPEG's images ends, which lie one behind the other; tools that change the first may have
-    dropped the others.
+def _last_jpeg_end(content: bytes, end: int) -> int:
+    """Where the last of the images ends that lie one behind the other in a camera's JPEG.
+
+    Their number is not asked of PIL, which knows previews, but takes a file with a gain map (Ultra HDR) for one image.
     """
-    for _ in range(frames - 1):
+    for _ in range(MAX_BEHIND):
         found = _NO_FILL.search(content, end)
         if found is None or not content.startswith(_JPEG_START, found.start()):
             break

@@ -25,7 +25,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from PIL import Image
 from prometheus_client import REGISTRY
-from serving_images import animated, bad_uploads, encoded
+from serving_images import animated, archive, bad_uploads, encoded
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -84,6 +84,18 @@ def test_a_jpeg_whose_preview_was_dropped_is_taken_and_one_whose_preview_is_dama
         check_upload(taken, SMALL)
     with pytest.raises(ApiError, match="damaged"):
         check_upload(content[:-20], SMALL)
+
+
+def test_a_phones_jpeg_with_a_gain_map_is_taken() -> None:
+    content = animated("MPO")
+    said = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/" hdrgm:Version="1.0"/>'
+    content = content[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2, "big") + said + content[2:]
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "JPEG"  # to PIL the second image is nothing
+    assert np.array_equal(decode_upload(content, 32, SMALL), decode_image(content, 32))
+    for more in (archive(), 9 * encoded("JPEG")):
+        with pytest.raises(ApiError, match="goes on after"):
+            check_upload(content + more, SMALL)
 
 
 def test_a_progressive_jpeg_of_many_scans_is_refused() -> None:
