@@ -43,10 +43,11 @@ POLICIES: dict[str, Policy] = {
 
 
 @cache
-def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
+def _colours(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights (3,) of grey, and the cross product (3, 3) with the axis of greys; sent to a device once."""
-    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
-    return torch.tensor([0.299, 0.587, 0.114]).to(device), cross.to(device)
+    grey = torch.tensor([0.299, 0.587, 0.114], dtype=dtype)
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], dtype=dtype) / math.sqrt(3)
+    return grey.to(device), cross.to(device)
 
 
 def symmetric(images: Tensor, policy: str, rng: Rng) -> Tensor:
@@ -101,7 +102,7 @@ def _tinted(images: Tensor, policy: Policy, rng: Rng) -> Tensor:
         for limit in (policy.brightness, policy.contrast, policy.saturation)
     )
     hue = _within(2 * math.pi * policy.hue, rng.uniform(n)).view(n, 1, 1)
-    grey, cross = _colours(images.device)
+    grey, cross = _colours(images.device, images.dtype)
     identity = torch.eye(3, device=images.device)
     # Rotation about the grey axis (1, 1, 1) / sqrt(3), Rodrigues' formula.
     axis = torch.full((3, 3), 1 / 3, device=images.device)
