@@ -4,8 +4,8 @@
 
 Made-up images of HAM10000's size (600 x 450) in seven classes. Networks are small and training is short, and both the
 same at all sizes: what is measured is all that grows with the images. Model of a stage: a + b N seconds for N images,
-and c N^2 besides for `validate`, which compares all pairs. a and b come from the two smaller sizes, c from hashes
-alone. Started again, it goes on.
+and c N^2 besides for `validate`, which compares all pairs (as `measure` does within a class, which shows only above
+these sizes). a and b come from the two smaller sizes, c from hashes alone. Started again, it goes on.
 """
 
 import argparse
@@ -45,8 +45,7 @@ def params(n: int, shards: int) -> Params:
             "balance": {"policy": "fixed", "count": n // 50},
             # No image is rejected: nothing trained so shortly would pass.
             "synthesis": {"typical_share": 1.0, "near_copy_distance": 0.0},
-            "classifier": {"model": "test_resnet", "resolution": 64, "steps": 30, "arms": ["real", "real+synthetic"]},
-            "release": {"bootstrap_samples": 200},
+            "classifier": {"model": "test_resnet", "resolution": 64, "steps": 30},
         }
     )
 

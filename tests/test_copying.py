@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from raresynth.quality.copying import SIDE, check_copying, mann_whitney_z, wilson_interval
+from raresynth.quality.copying import (
+    SIDE,
+    check_copying,
+    mann_whitney_z,
+    relative_distances,
+    row_blocks,
+    wilson_interval,
+)
 
 
 @pytest.fixture
@@ -50,6 +57,29 @@ def test_c_t_compares_with_unseen_reals_where_there_are_enough(images):
     """Unseen images that are copies themselves make unrelated synthetic ones look far away."""
     found = check(images[30:], images[:30], unseen=images[:25])
     assert found.c_t > 3
+
+
+def test_blocks_of_rows_give_what_one_block_gives(images, monkeypatch):
+    """Within 32-bit rounding: products of fewer rows need not add up in the same order."""
+    train, synthetic, unseen = images[:30], np.concatenate([images[30:40], images[5:8, ::-1]]), images[40:]
+    groups = np.arange(30) // 4
+    one, near = check(synthetic, train, groups, unseen), relative_distances(synthetic, train, groups)
+    without_unseen = check(synthetic, train, groups)
+    monkeypatch.setattr("raresynth.quality.copying.PAIRS_AT_ONCE", 4 * 30 + 1)
+    blocks = check(synthetic, train, groups, unseen)
+    assert blocks.relative == pytest.approx(one.relative, rel=1e-6, abs=1e-6)
+    assert relative_distances(synthetic, train, groups) == pytest.approx(near, rel=1e-6, abs=1e-6)
+    assert blocks.nearest.tolist() == one.nearest.tolist()
+    assert (blocks.n_near_copies, blocks.authenticity) == (one.n_near_copies, one.authenticity)
+    assert one.n_near_copies == 3
+    assert blocks.c_t == pytest.approx(one.c_t)
+    assert check(synthetic, train, groups).c_t == pytest.approx(without_unseen.c_t)
+
+
+def test_row_blocks_hold_every_row_once_and_at_least_one(monkeypatch):
+    monkeypatch.setattr("raresynth.quality.copying.PAIRS_AT_ONCE", 10)
+    assert [list(range(7))[rows] for rows in row_blocks(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert len(list(row_blocks(7, 11))) == 7
 
 
 def test_mann_whitney_z_by_hand():

@@ -79,6 +79,19 @@ class TestFigures:
         # Bins of 1/15: the gaps 0.9 - 1 and 0.8 - 1 lie in bins 13 and 12; 0.7 - 0 and 0.7 - 1 share bin 10.
         assert result.headline["calibration_error"] == pytest.approx((0.1 + 0.2 + 0.4) / 4)
 
+    def test_auc_counts_pairs_under_fractional_weights_with_ties(self):
+        rng = np.random.default_rng(0)
+        targets = rng.integers(0, 5, 200)
+        probabilities = rng.dirichlet(np.ones(6), 200).round(2)  # of class 5 there is no image
+        weights = rng.random((3, 200)) * rng.integers(0, 2, (3, 200))
+        auc = figures(targets, probabilities, weights).per_class["auc"]
+        for c in range(5):
+            own, scores = targets == c, probabilities[:, c]
+            wins = (scores[own][:, None] > scores[~own]) + (scores[own][:, None] == scores[~own]) / 2
+            for w, area in zip(weights, auc[:, c], strict=True):
+                assert area == pytest.approx(w[own] @ wins @ w[~own] / (w[own].sum() * w[~own].sum()), abs=1e-12)
+        assert np.isnan(auc[:, 5]).all()
+
     def test_class_that_a_resample_lacks_is_left_out_of_the_means(self):
         targets, probabilities = np.array([0, 1, 2]), np.eye(3) * 0.7 + 0.1
         result = figures(targets, probabilities, np.array([[1.0, 1.0, 0.0]]))
@@ -134,6 +147,16 @@ class TestBootstrap:
         again, other = (np.concatenate(list(bootstrap_weights(each_its_own_group(50), 25, seed))) for seed in (0, 1))
         assert (np.concatenate(pieces) == again).all()
         assert (again != other).any()
+
+    def test_figures_are_those_of_the_weights_in_pieces_or_not(self, monkeypatch):
+        targets, probabilities = predictions(60, 1.0)
+        groups = each_its_own_group(60)
+        whole = figures(targets, probabilities, next(bootstrap_weights(groups, 25, 0)))
+        monkeypatch.setattr("raresynth.classifier.statistics._WEIGHTS_AT_ONCE", 500)
+        pieces = bootstrap(targets, {"arm": probabilities}, groups, 25, 0)["arm"]
+        for name in HEADLINE:
+            assert pieces.headline[name] == pytest.approx(whole.headline[name], abs=1e-12)
+        assert pieces.per_class["auc"] == pytest.approx(whole.per_class["auc"], abs=1e-12, nan_ok=True)
 
     def test_pairing_makes_the_difference_narrower_than_its_parts(self):
         targets, base = predictions(400, 1.5)

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from known import fresh, jittered
+from known import fresh
 
 from raresynth.config import SynthesisConfig
 from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, write_manifest
-from raresynth.quality.controls import blurred, noised
+from raresynth.quality.controls import blurred, jittered, noised
 from raresynth.quality.judge import KidJudge
 from raresynth.quality.sieve import TrainSieve
 
@@ -53,6 +53,17 @@ def test_a_lower_share_is_stricter(sieve):
     kept = [share(sieve(typical_share=s).judge(images), None) for s in (1.0, 0.99, 0.8, 0.3)]
     assert kept == sorted(kept, reverse=True)
     assert kept[-1] < 0.6
+
+
+def test_blocks_of_rows_give_what_one_block_gives(sieve, monkeypatch):
+    images = np.concatenate([fresh(LABEL, 20, 1011), 255 - fresh(LABEL, 5, 1012)])
+    one = sieve(typical_share=0.8)
+    verdicts = one.judge(images)
+    monkeypatch.setattr("raresynth.quality.copying.PAIRS_AT_ONCE", 1000)
+    blocks = sieve(typical_share=0.8)
+    assert blocks._limit == pytest.approx(one._limit, rel=1e-6)
+    assert blocks.judge(images) == verdicts
+    assert len(set(verdicts)) > 1
 
 
 def test_of_a_class_with_few_groups_nothing_is_rejected(sieve, sample_manifest, tmp_path):

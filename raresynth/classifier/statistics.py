@@ -1,11 +1,13 @@
 """Classification figures over weighted samples, and their grouped bootstrap.
 
-A bootstrap resample is a count for each image, so all resamples are one matrix of weights and every figure is a
-few matrix products. The point estimate is the same code with all weights 1.
+A bootstrap resample is a count for each image, so all resamples are one matrix of weights. Every figure is made of
+sums of weights over sets of images that the predictions alone determine: sparse matrices, set up once a model, times
+the weights. The point estimate is the same code with all weights 1.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,24 +46,79 @@ def figures(targets: Integers, probabilities: Floats, weights: Floats | None = N
     """
     if weights is None:
         weights = np.ones((1, len(targets)))
-    classes = probabilities.shape[1]
-    confusion = confusion_matrices(targets, probabilities, weights)
-    total = weights.sum(1)
-    hits = np.diagonal(confusion, axis1=1, axis2=2)
-    actual, predicted = confusion.sum(2), confusion.sum(1)
-    with np.errstate(invalid="ignore"):
-        recall = hits / actual
-        # A class that is absent yet predicted has F1 0; one neither present nor predicted has none.
-        f1 = 2 * hits / (actual + predicted)
-    auc = np.stack([_auc(targets == c, probabilities[:, c], weights) for c in range(classes)], 1)
-    headline = {
-        "balanced_accuracy": _mean_of_present(recall),
-        "accuracy": hits.sum(1) / total,
-        "macro_f1": _mean_of_present(f1),
-        "macro_auc": _mean_of_present(auc),
-        "calibration_error": _calibration_error(targets, probabilities, weights),
-    }
-    return Figures(headline, {"recall": recall, "f1": f1, "auc": auc})
+    return _Model(targets, probabilities).figures(weights)
+
+
+class _Model:
+    """One model's predictions, made ready for any number of weightings."""
+
+    def __init__(self, targets: Integers, probabilities: Floats) -> None:
+        self._classes = probabilities.shape[1]
+        predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+        right = (predicted == targets).astype(np.float64)
+        bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+        images, ones = np.arange(len(targets)), np.ones(len(targets))
+        self._hits, self._actual, self._predicted = (
+            _summing(rows, self._classes, images, values, len(targets))
+            for rows, values in ((targets, right), (targets, ones), (predicted, ones))
+        )
+        self._gaps = _summing(bins, CALIBRATION_BINS, images, confidence - right, len(targets))
+        self._rankings = [_Ranking(targets == c, probabilities[:, c]) for c in range(self._classes)]
+
+    def figures(self, weights: Floats) -> Figures:
+        """Figures under weights (R, N)."""
+        # Each image's weights side by side, so that products with sparse matrices add up whole rows.
+        columns = np.ascontiguousarray(weights.T)
+        hits, actual, predicted = ((sums @ columns).T for sums in (self._hits, self._actual, self._predicted))
+        # A sum and no difference, so that it is 0 where no other class is present.
+        others = actual @ (1 - np.eye(self._classes))
+        total = actual.sum(1)
+        won = np.stack([ranking.won(columns) for ranking in self._rankings], 1)
+        with np.errstate(invalid="ignore"):
+            recall = hits / actual
+            # A class that is absent yet predicted has F1 0; one neither present nor predicted has none.
+            f1 = 2 * hits / (actual + predicted)
+            auc = won / (actual * others)
+        headline = {
+            "balanced_accuracy": _mean_of_present(recall),
+            "accuracy": hits.sum(1) / total,
+            "macro_f1": _mean_of_present(f1),
+            "macro_auc": _mean_of_present(auc),
+            # Expected calibration error over equally wide bins of confidence (Guo et al. 2017, equation 3).
+            "calibration_error": np.abs(self._gaps @ columns).sum(0) / total,
+        }
+        return Figures(headline, {"recall": recall, "f1": f1, "auc": auc})
+
+
+class _Ranking:
+    """One class against the rest: how often, under any weights, its images score above the others'.
+
+    Row k of `_positives` sums the class's images with its k-th smallest score. Rows 0 to k of `_negatives` together
+    sum the other images under that score, and half of those with the same one.
+    """
+
+    def __init__(self, positive: npt.NDArray[np.bool_], scores: Floats) -> None:
+        (of_class,), (others,) = np.nonzero(positive), np.nonzero(~positive)
+        steps, row = np.unique(scores[of_class], return_inverse=True)
+        # One half counts from the first step at or above the score on, the other from the first one above it.
+        halves = np.concatenate([np.searchsorted(steps, scores[others], side) for side in ("left", "right")])
+        above = len(steps)  # the row of those that no image of the class reaches
+        self._positives = _summing(row, above + 1, of_class, np.ones(len(of_class)), len(scores))
+        self._negatives = _summing(halves, above + 1, np.tile(others, 2), np.full(len(halves), 0.5), len(scores))
+
+    def won(self, columns: Floats) -> Floats:
+        """Weight (R,) of pairs that the class's image wins, ties half (Mann-Whitney); weights are (N, R)."""
+        won: Floats = np.einsum("kr,kr->r", self._positives @ columns, np.cumsum(self._negatives @ columns, axis=0))
+        return won
+
+
+def _summing(rows: Integers, n_rows: int, images: Integers, values: Floats, n: int) -> Any:
+    """Sparse (n_rows, N) matrix that adds up, into each of `rows`, the weight of an image times a value."""
+    from scipy.sparse import csr_array
+
+    matrix = csr_array((values, (rows, images)), shape=(n_rows, n))
+    matrix.sum_duplicates()
+    return matrix
 
 
 def _mean_of_present(per_class: Floats) -> Floats:
@@ -75,30 +132,8 @@ def confusion_matrices(targets: Integers, probabilities: Floats, weights: Floats
     """Weighted confusion matrices (R, C, C): rows are true classes, columns predicted ones."""
     classes = probabilities.shape[1]
     cell = targets * classes + probabilities.argmax(1)
-    confusion: Floats = (weights @ np.eye(classes * classes)[cell]).reshape(-1, classes, classes)
-    return confusion
-
-
-def _auc(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """Weighted area under the ROC curve, one class against the rest; ties count half (Mann-Whitney)."""
-    order = np.argsort(scores, kind="stable")
-    ties = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each new score begins
-    weights, positive = weights[:, order], positive[order]
-    positives, negatives = (np.add.reduceat(weights * of, ties, axis=1) for of in (positive, ~positive))
-    won = (positives * (np.cumsum(negatives, axis=1) - negatives / 2)).sum(1)
-    with np.errstate(invalid="ignore"):
-        area: Floats = won / (positives.sum(1) * negatives.sum(1))
-    return area
-
-
-def _calibration_error(targets: Integers, probabilities: Floats, weights: Floats) -> Floats:
-    """Expected calibration error over equally wide bins of confidence (Guo et al. 2017, equation 3)."""
-    confidence = probabilities.max(1)
-    gap = confidence - (probabilities.argmax(1) == targets)
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-    sums = weights @ (np.eye(CALIBRATION_BINS)[bins] * gap[:, None])
-    error: Floats = np.abs(sums).sum(1) / weights.sum(1)
-    return error
+    counts = np.array([np.bincount(cell, row, classes * classes) for row in weights], dtype=np.float64)
+    return counts.reshape(-1, classes, classes)
 
 
 def bootstrap_weights(groups: npt.NDArray[np.str_], samples: int, seed: int) -> Iterator[Floats]:
@@ -130,10 +165,11 @@ def bootstrap(
         predictions: probabilities (N, C) of each model.
         groups: group of each image (N,).
     """
+    models = {name: _Model(targets, probabilities) for name, probabilities in predictions.items()}
     pieces: dict[str, list[Figures]] = {name: [] for name in predictions}
     for weights in bootstrap_weights(groups, samples, seed):
-        for name, probabilities in predictions.items():
-            pieces[name].append(figures(targets, probabilities, weights))
+        for name, model in models.items():
+            pieces[name].append(model.figures(weights))
     return {
         name: Figures(
             {metric: np.concatenate([part.headline[metric] for part in parts]) for metric in HEADLINE},

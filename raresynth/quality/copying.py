@@ -6,6 +6,7 @@ distance itself (an average-looking image is near everything) but the distance t
 by the mean distance to the next few, as Carlini et al. 2023 (section 4.2) do for diffusion models.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,10 @@ CELL = 4
 """Pixels are averaged over cells of this side."""
 NEXT_GROUPS = 5
 MIN_UNSEEN = 20
+PAIRS_AT_ONCE = 2**22
+"""Distances held at a time: all pairs of a class's images would not fit the memory."""
 Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 Z_95 = 1.959964
 
 
@@ -39,14 +43,14 @@ class CopyingFigures:
     """
 
     relative: Array
-    nearest: npt.NDArray[np.int64]
+    nearest: Integers
     n_near_copies: int
     authenticity: float
     c_t: float
 
 
 def check_copying(
-    synthetic: Pixels, train: Pixels, train_groups: npt.NDArray[np.int64], unseen: Pixels, threshold: float
+    synthetic: Pixels, train: Pixels, train_groups: Integers, unseen: Pixels, threshold: float
 ) -> CopyingFigures:
     """Compare synthetic images with the train images of their class.
 
@@ -58,27 +62,39 @@ def check_copying(
         threshold: relative distances under it count as near copies.
     """
     reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
-    own = _distances(train, reference)
-    own[train_groups[:, None] == train_groups[None]] = np.inf
-    own_relative, own_nearest = _relative(own, train_groups)
-    between = _distances(synthetic, reference)
-    relative, nearest = _relative(between, train_groups)
+    own = _nearest(train, reference, train_groups, train_groups)
+    found = _nearest(synthetic, reference, train_groups)
     enough = len(unseen) >= MIN_UNSEEN
-    unseen_relative = _relative(_distances(unseen, reference), train_groups)[0] if enough else own_relative
-    to_nearest = between[np.arange(len(between)), nearest]
-    spacing = own[np.arange(len(own)), own_nearest]
+    unseen_relative = _nearest(unseen, reference, train_groups).relative if enough else own.relative
     return CopyingFigures(
-        relative=relative,
-        nearest=nearest,
-        n_near_copies=int((relative < threshold).sum()),
-        authenticity=float((to_nearest > spacing[nearest]).mean()),
-        c_t=mann_whitney_z(relative, unseen_relative),
+        relative=found.relative,
+        nearest=found.index,
+        n_near_copies=int((found.relative < threshold).sum()),
+        authenticity=float((found.distance > own.distance[found.index]).mean()),
+        c_t=mann_whitney_z(found.relative, unseen_relative),
     )
 
 
-def relative_distances(images: Pixels, train: Pixels, train_groups: npt.NDArray[np.int64]) -> Array:
-    """(M,) distance of each image to its nearest train group / mean distance to the next ones; arguments as above."""
-    return _relative(_distances(images, _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])), train_groups)[0]
+def relative_distances(
+    images: Pixels, train: Pixels, train_groups: Integers, own_groups: Integers | None = None
+) -> Array:
+    """(M,) distance of each image to its nearest train group / mean distance to the next ones; arguments as above.
+
+    Args:
+        own_groups: (M,) the train group that each image itself belongs to, and is not compared with.
+    """
+    reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
+    return _nearest(images, reference, train_groups, own_groups).relative
+
+
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of the rows of a matrix (rows, columns), as even as can be, of at most PAIRS_AT_ONCE entries or one row.
+
+    Even, so that no single row is left over: products of one row round differently from those of several.
+    """
+    count = -(-rows // max(1, PAIRS_AT_ONCE // columns))
+    for block in range(count):
+        yield slice(rows * block // count, rows * (block + 1) // count)
 
 
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
@@ -126,14 +142,40 @@ def _distances(images: Pixels, reference: npt.NDArray[np.float32]) -> Array:
     return np.sqrt(np.maximum(least, 0)).astype(np.float64)
 
 
-def _relative(distances: Array, groups: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Distance to the nearest group / mean of the next five, and the index of the nearest image.
+@dataclass(frozen=True)
+class _Nearest:
+    """For M images: relative distance, and index of and distance to the nearest train image, each (M,)."""
+
+    relative: Array
+    index: Integers
+    distance: Array
+
+
+def _nearest(
+    images: Pixels, reference: npt.NDArray[np.float32], groups: Integers, own_groups: Integers | None = None
+) -> _Nearest:
+    """Distance to the nearest group / mean of the next five, and the nearest image.
 
     A group's distance is that of its nearest image, so that two pictures of one lesion do not hide a copy.
+
+    Args:
+        images: (M, 32, 32, 3).
+        reference: signatures of the N train images.
+        groups: (N,).
+        own_groups: (M,) the group that each image itself belongs to, and is not compared with.
     """
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    by_group = np.minimum.reduceat(distances[:, order], starts, axis=1)
-    finite = int(np.isfinite(by_group).sum(1).min())
-    nearest_groups = np.sort(by_group, axis=1)[:, : min(NEXT_GROUPS + 1, finite)]
-    return nearest_groups[:, 0] / np.maximum(nearest_groups[:, 1:].mean(1), 1e-9), distances.argmin(1)
+    others = len(starts) - (own_groups is not None)
+    m = len(images)
+    nearest = _Nearest(np.empty(m), np.empty(m, np.int64), np.empty(m))
+    for rows in row_blocks(m, len(reference)):
+        distances = _distances(images[rows], reference)
+        if own_groups is not None:
+            distances[own_groups[rows, None] == groups] = np.inf
+        by_group = np.minimum.reduceat(distances[:, order], starts, axis=1)
+        ranked = np.sort(by_group, axis=1)[:, : min(NEXT_GROUPS + 1, others)]
+        nearest.relative[rows] = ranked[:, 0] / np.maximum(ranked[:, 1:].mean(1), 1e-9)
+        nearest.index[rows] = distances.argmin(1)
+        nearest.distance[rows] = distances.min(1)
+    return nearest

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from raresynth.config import SynthesisConfig
 from raresynth.dataset.images import Pixels, load_images, resized
 from raresynth.dataset.manifest import read_manifest
-from raresynth.quality.copying import SIDE, relative_distances
+from raresynth.quality.copying import SIDE, relative_distances, row_blocks
 from raresynth.quality.encoder import Encoder
 from raresynth.quality.neighbours import n_neighbours, squared_distances
 from raresynth.quality.reals import group_numbers
@@ -50,7 +51,7 @@ class TrainSieve:
         if not self._enough:
             return [None] * len(images)
         features = self._encoder.features(resized(images, self._encoder.resolution))
-        atypical = self._to_reals(squared_distances(features, self._features)) > self._limit
+        atypical = self._to_reals(features) > self._limit
         nearness = relative_distances(resized(images, SIDE), self._pixels, self._groups)
         copied = nearness < self._config.near_copy_distance
         return ["near_copy" if c else "atypical" if a else None for a, c in zip(atypical, copied, strict=True)]
@@ -59,10 +60,17 @@ class TrainSieve:
         share = self._config.typical_share
         if share == 1.0:
             return float("inf")
-        own = squared_distances(self._features, self._features)
-        own[self._groups[:, None] == self._groups[None]] = np.inf
-        return float(np.quantile(self._to_reals(own), share))
+        return float(np.quantile(self._to_reals(self._features, self._groups), share))
 
-    def _to_reals(self, squared: "np.typing.NDArray[np.float64]") -> "np.typing.NDArray[np.float64]":
+    def _to_reals(
+        self, features: npt.NDArray[np.float32], own_groups: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Squared distance (M,) of features (M, D) to their k-th nearest real, where given of no own group (M,)."""
         k = n_neighbours(len(self._features))
-        return np.partition(squared, k - 1, axis=1)[:, k - 1]
+        kth = np.empty(len(features))
+        for rows in row_blocks(len(features), len(self._features)):
+            squared = squared_distances(features[rows], self._features)
+            if own_groups is not None:
+                squared[own_groups[rows, None] == self._groups] = np.inf
+            kth[rows] = np.partition(squared, k - 1, axis=1)[:, k - 1]
+        return kth
