@@ -4,9 +4,10 @@
 edit; `tests/test_config.py` keeps the two equal. An unknown or out-of-range knob is an error that names it.
 """
 
+from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -193,7 +194,7 @@ class SynthesisConfig(Config):
 
 class QualityConfig(Config):
     min_held_out: PositiveCount = 50
-    """With fewer held-out reals a class is measured against train + val reals."""
+    """With held-out reals of fewer groups (lesions, patients) a class is measured against train + val reals."""
     max_images: Annotated[int, Field(ge=24)] = 2000
     """Most images a side that enter a figure."""
     real_splits: Annotated[int, Field(ge=10)] = 100
@@ -208,6 +209,10 @@ class GateConfig(Config):
     fd_ratio: Positive = 0.5
     kid_ratio: Positive = 0.5
     coverage_ratio: Share = 0.6
+    recall_ratio: Share = 0.4
+    control_correlation: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.8
+    """Least rank correlation of FD, on the run's encoder, with how much worse reals are made: below it nothing is
+    accepted. One swap of neighbouring steps leaves 0.9 or more."""
     c_t: float = -3.0
     near_copy_distance: Share = 0.5
     """A near copy lies nearer to a train image than this part of the distance to the next ones."""
@@ -382,7 +387,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ParamsError(f"{path} is not valid YAML ({' '.join(str(error).split())}); correct that line") from error
     if raw is not None and not isinstance(raw, dict):
         raise ParamsError(f"{path} must hold sections such as 'gan:' with knobs below them")
-    return raw or {}
+    return _filled(raw or {}, ParamsFile)
+
+
+def _filled(raw: dict[str, Any], section: type[Config]) -> dict[str, Any]:
+    """Empty sections, whose knobs are all commented out, as such: YAML reads them as null."""
+    filled = dict(raw)
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type(Config)) and isinstance(below := raw.get(name, 0), dict | None):
+            filled[name] = _filled(below or {}, field.annotation)
+    return filled
 
 
 def _check(raw: dict[str, Any], where: str) -> ParamsFile:
@@ -390,11 +404,22 @@ def _check(raw: dict[str, Any], where: str) -> ParamsFile:
         return ParamsFile.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'params'}: {item['msg']}"
-            + ("" if item["type"] == "extra_forbidden" else f" (got {item['input']!r})")
+            f"{'.'.join(str(part) for part in item['loc']) or 'params'}: "
+            + (_unknown(item["loc"]) if item["type"] == "extra_forbidden" else f"{item['msg']} (got {item['input']!r})")
             for item in error.errors()
         )
         raise ParamsError(f"{where}: {problems}; see params.yaml for the knobs and their ranges") from error
+
+
+def _unknown(place: tuple[int | str, ...]) -> str:
+    """What is said of a knob that does not exist: the known one beside it that is spelt most like it, if any is."""
+    section: type[Config] = ParamsFile
+    for part in place[:-1]:
+        if part in section.model_fields:  # else the number of an entry in a list
+            kind = section.model_fields[str(part)].annotation
+            section = next(one for one in (kind, *get_args(kind)) if isinstance(one, type(Config)))
+    close = get_close_matches(str(place[-1]), section.model_fields, n=1)
+    return "there is no such knob" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _params_of(file: ParamsFile) -> Params:

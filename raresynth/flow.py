@@ -309,8 +309,13 @@ def _gate(task: Task) -> Outcome:
 
     records = task.needs["measure"]
 
-    def reasons(status: str) -> dict[str, str]:
-        return {label: record.reason for label, record in records.items() if record.status == status}
+    def reasons(*, final: bool) -> dict[str, str]:
+        """Why classes were not measured: for good, or such that more images, or another try, may change it."""
+        return {
+            label: record.reason
+            for label, record in records.items()
+            if record.status != "done" and (record.status == "failed" and not record.retry) == final
+        }
 
     def done(stage: str) -> dict[str, Path]:
         return {of: task.path(stage, of) for of, record in task.needs[stage].items() if record.status == "done"}
@@ -319,8 +324,8 @@ def _gate(task: Task) -> Outcome:
     majority = [folder for root in done("synthesize-majority").values() for folder in sorted(root.glob("*"))]
     gate(
         done("measure"),
-        reasons("failed"),
-        reasons("skipped"),
+        reasons(final=True),
+        reasons(final=False),
         done("synthesize") | {folder.name: folder for folder in majority},
         task.run.store,
         task.out_dir,

@@ -14,22 +14,6 @@ from raresynth.dataset.sample import draw_class
 SIDE = 32
 
 
-def jittered(images: Pixels, rng: np.random.Generator) -> Pixels:
-    """Copies as a generator might make them: turned, mirrored, shifted by up to 2 pixels, recoloured and noisy."""
-    copies = []
-    for image in images:
-        padded = Image.fromarray(np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect"))
-        left, top = rng.uniform(0, 4, 2)
-        shifted = padded.transform(
-            (SIDE, SIDE), Image.Transform.AFFINE, (1, 0, left, 0, 1, top), Image.Resampling.BICUBIC
-        )
-        copy = np.rot90(np.asarray(shifted), rng.integers(4)).astype(float)
-        copy = copy[:, ::-1] if rng.random() < 0.5 else copy
-        copy = copy * rng.uniform(0.9, 1.1) + rng.uniform(-12, 12) + rng.normal(0, 4, copy.shape)
-        copies.append(np.clip(copy + rng.uniform(-6, 6, 3), 0, 255).astype(np.uint8))
-    return np.stack(copies)
-
-
 def write_synthetic(images: Pixels, label: str, root: Path) -> Path:
     """Images as `synthesize` leaves them."""
     folder = root / label / "images"

@@ -13,7 +13,15 @@ from raresynth.lineage import read_report, write_report
 from raresynth.quality.accepted import gate
 from raresynth.quality.reports import QualityReport
 
-GENEROUS = GateConfig(fd_ratio=1e9, kid_ratio=1e9, coverage_ratio=0.0, c_t=-1e9, near_copy_share=1.0)
+GENEROUS = GateConfig(
+    fd_ratio=1e9,
+    kid_ratio=1e9,
+    coverage_ratio=0.0,
+    recall_ratio=0.0,
+    control_correlation=-1.0,
+    c_t=-1e9,
+    near_copy_share=1.0,
+)
 GOOD = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
 
 
@@ -22,10 +30,10 @@ def folders(run: flow.Run, stage: str) -> dict[str, Path]:
 
 
 def settled(folder: Path, to: Path) -> Path:
-    """The report of a class as it would be if its few images settled every ratio."""
+    """The report of a class as it would be if its few images settled every ratio and left no doubt."""
     report = read_report(folder / "report.json", QualityReport)
-    known = {name: getattr(report, name).model_copy(update=GOOD) for name in ("fd", "kid", "coverage")}
-    write_report(to / "report.json", report.model_copy(update=known))
+    known = {name: getattr(report, name).model_copy(update=GOOD) for name in ("fd", "kid", "coverage", "recall")}
+    write_report(to / "report.json", report.model_copy(update={**known, "doubts": []}))
     return to
 
 
@@ -72,7 +80,7 @@ def test_a_class_too_small_to_measure_stops_nothing(tiny_run: flow.Run, tmp_path
     assert {flow.read_record(store, "measure", label).status for label in flow.items(run, "label")} == {"skipped"}
     decisions = json.loads((store / "gate" / "decisions.json").read_text())["classes"]
     assert {entry["decision"] for entry in decisions.values()} == {"insufficient"}
-    assert all("lists 3 images" in entry["reasons"][0] for entry in decisions.values())
+    assert all("got 3 synthetic images" in entry["reasons"][0] for entry in decisions.values())
 
 
 def test_a_class_called_none_keeps_its_images(tiny_run: flow.Run, tmp_path: Path) -> None:

@@ -53,6 +53,37 @@ def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gan: {resolutions: 32}", "gan.resolutions: there is no such knob; did you mean resolution?;"),
+        ("gann: {}", "gann: there is no such knob; did you mean gan?;"),
+        (
+            "dataset: {csv: {file: a, image: b, labels: c, label: c}}",
+            "labels: there is no such knob; did you mean label?",
+        ),
+        (
+            "cluster: {gpu: {tolerations: [{key: a, operators: b}]}}",
+            "0.operators: there is no such knob; did you mean op",
+        ),
+        ("gan: {zzz: 32}", "gan.zzz: there is no such knob; see params.yaml"),
+        ("dataset: {1: 2}", "dataset.1"),
+    ],
+)
+def test_an_unknown_knob_is_told_in_plain_words(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    assert said in str(caught.value)
+
+
+def test_a_section_with_all_knobs_commented_out_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("gan:\n#  width: 8\ndataset:\n  splits:\n  csv:\ncluster:\n")
+    assert load_params(path) == Params()
+
+
 @pytest.mark.parametrize("text", ["gan: {", "- a\n- b", "gan: \x00"])
 def test_what_is_no_params_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"

@@ -30,7 +30,15 @@ OVERRIDES = {
     "balance": {"policy": "fixed", "count": 32},
     "synthesis": {"typical_share": 1.0, "near_copy_distance": 0.0},
     # Limits that anything meets: what is tried here is the flow, and it is to go to its end.
-    "gate": {"fd_ratio": 1e9, "kid_ratio": 1e9, "coverage_ratio": 0.0, "c_t": -1e9, "near_copy_share": 1.0},
+    "gate": {
+        "fd_ratio": 1e9,
+        "kid_ratio": 1e9,
+        "coverage_ratio": 0.0,
+        "recall_ratio": 0.0,
+        "control_correlation": -1.0,
+        "c_t": -1e9,
+        "near_copy_share": 1.0,
+    },
     "classifier": {
         "model": "test_resnet",
         "steps": 16,

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from known import SIDE, fresh, jittered, write_synthetic
+from known import SIDE, fresh, write_synthetic
 
 from raresynth.config import GateConfig, QualityConfig
 from raresynth.dataset.images import Pixels, load_images
 from raresynth.dataset.manifest import read_manifest
-from raresynth.quality.controls import blurred
+from raresynth.quality.controls import blurred, jittered
+from raresynth.quality.encoder import Encoder
 from raresynth.quality.gate import decide
 from raresynth.quality.measure import measure
-from raresynth.quality.reports import Copying, Distance, FailedClass, Proportion, QualityReport
+from raresynth.quality.reports import Copying, CopyingControls, Distance, FailedClass, Proportion, QualityReport
 
 Judge = Callable[[str, Pixels], tuple[QualityReport, str, str]]
 
@@ -67,6 +68,17 @@ def test_blurred_reals_are_not_accepted(judge: Judge) -> None:
     assert decision != "accepted", reasons
 
 
+@pytest.mark.slow
+def test_the_commonest_images_of_a_class_alone_are_not_accepted(judge: Judge, trained_encoder: Path) -> None:
+    """A generator that leaves out what is unusual: of 1,500 unseen reals the 300 nearest to their mean."""
+    images = fresh("dermatofibroma", 1500, 1001)
+    features = Encoder.load(trained_encoder).features(images)
+    nearest = np.argsort(np.square(features - features.mean(0)).sum(1))[:300]
+    report, decision, reasons = judge("dermatofibroma", images[nearest])
+    assert decision != "accepted", reasons
+    assert report.recall.ratio is not None and report.recall.ratio < 0.6
+
+
 def test_noise_is_rejected(judge: Judge) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, SIDE, SIDE, 3)).astype(np.uint8)
     _, decision, reasons = judge("vascular", noise)
@@ -99,16 +111,33 @@ def test_jittered_training_copies_are_rejected(
 
 def _distance(ratio: float | None, low: float | None, high: float | None) -> Distance:
     return Distance(
-        value=1, low=0, high=2, floor=0, other_label="b", other_value=4, ratio=ratio, ratio_low=low, ratio_high=high
+        value=1,
+        low=0,
+        high=2,
+        floor=0,
+        zero=0,
+        other_label="b",
+        other_value=4,
+        other_zero=0,
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
     )
+
+
+def _share(ratio: float, low: float, high: float) -> Proportion:
+    return Proportion(value=0.9, low=0.8, high=1, real_real=0.9, ratio=ratio, ratio_low=low, ratio_high=high)
 
 
 def _report(
     fd: tuple[float | None, float | None, float | None] = (0.1, 0.0, 0.2),
     near_copies: tuple[float, float, float] = (0.0, 0.0, 0.01),
     c_t: float = 0.0,
+    recall: tuple[float, float, float] = (1.0, 0.9, 1.1),
+    controls: tuple[float, float] = (0.97, 0.0),
+    doubts: tuple[str, ...] = (),
 ) -> QualityReport:
-    share = Proportion(value=0.9, low=0.8, high=1, real_real=0.9, ratio=1.0, ratio_low=0.9, ratio_high=1.1)
+    share = _share(1.0, 0.9, 1.1)
     value, low, high = near_copies
     return QualityReport(
         label="a",
@@ -121,7 +150,7 @@ def _report(
         fd=_distance(*fd),
         kid=_distance(0.1, 0.0, 0.2),
         precision=share,
-        recall=share,
+        recall=_share(*recall),
         density=share,
         coverage=share,
         copying=Copying(
@@ -130,12 +159,14 @@ def _report(
             high=high,
             n_drawn=500,
             threshold=0.65,
+            controls=CopyingControls(copies_found=controls[0], n_copies=50, reals_found=controls[1], n_reals=50),
             authenticity=0.7,
             c_t=c_t,
             nearest=[],
         ),
         binding_copying=False,
         fid=None,
+        doubts=list(doubts),
         notes=["A note."],
     )
 
@@ -152,6 +183,19 @@ def _report(
         (_report(fd=(0.7, 0.6, 0.8)), "rejected", "FD ratio 0.7 (95 % interval 0.6 to 0.8), limit at most 0.5: missed"),
         (_report(fd=(None, None, None)), "insufficient", "FD ratio cannot be told"),
         (_report(near_copies=(0.05, 0.03, 0.08)), "rejected", "near-copy share 0.05"),
+        (
+            _report(recall=(0.2, 0.1, 0.3)),
+            "rejected",
+            "recall ratio 0.2 (95 % interval 0.1 to 0.3), limit at least 0.4",
+        ),
+        (_report(controls=(0.5, 0.0)), "insufficient", "of jittered train images too only 50 % count as copies"),
+        (
+            _report(near_copies=(0.05, 0.03, 0.08), controls=(0.97, 0.06)),
+            "insufficient",
+            "of reals that it never saw 6.0 % count as copies too",
+        ),
+        (_report(doubts=("It may be another class.",)), "insufficient", "It may be another class."),
+        (_report(c_t=-4, doubts=("It may be another class.",)), "rejected", "C_T -4"),
         (_report(c_t=-4), "rejected", "C_T -4, limit at least -3: missed"),
         (_report(fd=(0.4, 0.2, 0.6), c_t=-4), "rejected", "C_T"),
         (FailedClass(label="a", reason="the generator collapsed at step 7"), "rejected", "collapsed at step 7"),

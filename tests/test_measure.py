@@ -1,5 +1,7 @@
 """Every figure names what it rests on, and nothing looks at the test split."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,15 @@ from raresynth.dataset.manifest import read_manifest, read_synthetic, write_mani
 from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
 from raresynth.quality.distances import Estimates
-from raresynth.quality.measure import compare_halves, grouped_halves, kernel_floor, measure, nearest_other
+from raresynth.quality.measure import (
+    compare_halves,
+    copying_controls,
+    encoder_doubts,
+    grouped_halves,
+    kernel_floor,
+    measure,
+    nearest_other,
+)
 from raresynth.quality.reals import Reals, held_out_reals
 from raresynth.quality.reports import QualityReport
 
@@ -109,11 +119,11 @@ def test_errors_name_what_is_wrong(figures, sample_manifest, tmp_path):
     with pytest.raises(DataError, match="run synthesize first"):
         figures(folder=tmp_path / "nothing")
     few = write_synthetic(fresh(LABEL, 60, 1002)[:5], LABEL, tmp_path / "few")
-    with pytest.raises(DataError, match="lists 5 images"):
+    with pytest.raises(DataError, match="got 5 synthetic images"):
         figures(folder=few)
     manifest = read_manifest(sample_manifest)
     write_manifest(tmp_path / "alone.csv", manifest[manifest["label"] == LABEL])
-    with pytest.raises(DataError, match="no class but vascular"):
+    with pytest.raises(DataError, match="no class but vascular has 12"):
         figures(manifest=tmp_path / "alone.csv")
     with pytest.raises(CheckpointError, match="no Inception weights"):
         figures(inception=str(tmp_path / "missing.pth"))
@@ -134,13 +144,58 @@ def test_standard_errors_of_halves_agree_with_independent_samples():
     for trial in range(60):
         real, fake, other = rng.normal(size=(80, 8)), rng.normal(size=(300, 8)) + 0.4, rng.normal(size=(300, 8)) + 1
         halves = compare_halves(real, fake, Reals(other, np.arange(300)), np.arange(80), 40, trial)
-        estimates = halves.estimates("fd", "fd other", "fd real")
+        estimates = halves.estimates("fd", "fd other", halves.fd_zeros())
         found.append((estimates.first, estimates.second))
         claimed.append(np.diag(estimates.covariance))
     ratio = np.sqrt(np.mean(claimed, 0)) / np.std(found, 0, ddof=1)
     assert np.all((ratio > 0.75) & (ratio < 1.5)), ratio
-    # The excess over the floor is the squared distance of the means, without the bias of small samples.
+    # The excess is the squared distance of the means, without the bias of small samples.
     assert np.mean(found, 0) == pytest.approx([8 * 0.4**2, 8 * 1.0**2], rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_fakes_that_scatter_less_are_not_flattered_by_the_bias_of_small_samples(scale):
+    """FD of normal distributions of one mean is D (1 - scale)^2, however many images it is taken from."""
+    rng = np.random.default_rng(0)
+    excess = []
+    for trial in range(20):
+        real, fake, other = (
+            rng.normal(size=(50, 16)),
+            scale * rng.normal(size=(300, 16)),
+            rng.normal(size=(300, 16)) + 1,
+        )
+        halves = compare_halves(real, fake, Reals(other, np.arange(300)), np.arange(50), 10, trial)
+        excess.append(halves.estimates("fd", "fd other", halves.fd_zeros()).first)
+    assert np.mean(excess) == pytest.approx(16 * (1 - scale) ** 2, abs=0.9)
+
+
+def test_the_copying_check_is_shown_to_work(figures):
+    controls = figures().copying.controls
+    assert controls.copies_found > 0.9
+    assert controls.reals_found < 0.05
+    assert (controls.n_copies, controls.n_reals) == (100, 36)
+
+
+def test_a_copying_check_that_sees_nothing_says_so():
+    """Nearly one and the same image over and over: a copy is as near to the others as to its own."""
+    rng = np.random.default_rng(0)
+    dull = np.clip(rng.normal(100, 1, (40, 32, 32, 3)), 0, 255).astype(np.uint8)
+    found = copying_controls(dull, np.arange(40) // 2, dull[:30], 0.5, 0)
+    assert found.copies_found < 0.5
+    assert (found.reals_found, found.n_reals) == (1.0, 30)  # train images, taken for unseen ones, are copies
+    assert copying_controls(dull, np.arange(40) // 2, dull[:3], 0.5, 0).n_reals == 40  # each against other groups
+
+
+def test_an_encoder_that_fails_its_controls_is_doubted(figures, trained_encoder, tmp_path):
+    assert figures().doubts == []
+    copy = tmp_path / "encoder"
+    shutil.copytree(trained_encoder, copy)
+    report = json.loads((copy / "report.json").read_text())
+    report["controls"]["noise"]["spearman"] = 0.5
+    (copy / "report.json").write_text(json.dumps(report))
+    assert encoder_doubts(copy, 0.5) == []
+    (doubt,) = encoder_doubts(copy, 0.8)
+    assert doubt == "FD on this run's encoder does not rise as reals are made worse by noise; train it longer."
 
 
 def test_more_photographs_of_the_same_lesions_do_not_flatter():

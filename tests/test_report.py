@@ -18,14 +18,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from raresynth import flow
+from raresynth import flow, lineage
 from raresynth.errors import CheckpointError, DataError
 from raresynth.quality.controls import Control, EncoderControls
 from raresynth.report.charts import UNIT, Axis, Line, line_chart
 from raresynth.report.findings import Findings, Sources, read_findings
 from raresynth.report.grids import GAP, read_tiles, sheet
 from raresynth.report.page import Pictures, compose, distribution, draw_pictures, quarantine_examples, render
-from raresynth.report.summary import summarize
+from raresynth.report.summary import images_used, summarize
 from raresynth.report.words import class_outcomes, counted, enumerate_words, headline
 
 VOID = {"meta", "img", "br"}
@@ -249,7 +249,7 @@ def test_controls_of_the_encoder_are_shown_where_there_are_any(findings: Finding
         encoder = findings.encoder.model_copy(update={"controls": of})
         text = Page(compose(replace(findings, encoder=encoder), pictures)).text
         assert there in text and gone not in text
-        assert ("JPEG compression" in text) == (of is not None)
+        assert ("100 − quality" in text) == (of is not None)
 
 
 def test_text_from_data_is_escaped(findings: Findings, pictures: Pictures) -> None:
@@ -307,6 +307,22 @@ def test_summary_gives_the_limit_that_was_missed(tiny_run: flow.Run, tmp_path: P
     assert "- rare rejected: coverage ratio 0.1" in text
     assert "- rarer accepted: FD ratio 0.1" in text
     assert "all tasks took" not in text
+
+
+def test_summary_tells_what_became_of_the_images(tmp_path: Path) -> None:
+    def said(n_kept: int, dropped: dict[str, str], empty: list[str]) -> list[str]:
+        lineage.write_json(
+            tmp_path / "validation" / "report.json", {"n_rows": 1340, "n_kept": n_kept, "dropped_classes": dropped}
+        )
+        lineage.write_json(tmp_path / "manifest" / "report.json", {"empty_classes": empty})
+        return images_used(tmp_path)
+
+    assert images_used(tmp_path) == []
+    assert said(1340, {}, []) == ["- images: 1,340 of 1,340 rows used"]
+    assert said(1329, {"SCC three": "3 usable images", "one": "1 usable images"}, ["UNK", "VASC"]) == [
+        "- images: 1,329 of 1,340 rows used, 11 in quarantine; "
+        "classes dropped: SCC three (3 usable images), one (1 usable images); classes without an image: UNK, VASC"
+    ]
 
 
 def test_summary_of_an_unfinished_run_is_a_sentence(tmp_path: Path) -> None:

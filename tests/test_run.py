@@ -252,7 +252,7 @@ def test_a_class_that_fails_leaves_a_record_and_is_tried_again(tiny_run: flow.Ru
     assert flow.execute("measure", run, label).reason == failed.reason
     flow.execute("gate", run)
     decisions = json.loads((store / "gate" / "decisions.json").read_text())["classes"]
-    assert decisions[label]["decision"] == "rejected" and failed.reason in decisions[label]["reasons"][0]
+    assert decisions[label]["decision"] == "insufficient" and failed.reason in decisions[label]["reasons"][0]
 
     place.unlink()
     assert flow.execute("synthesize", run, label) == flow.read_record(tiny_run.store, "synthesize", label)

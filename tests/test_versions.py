@@ -468,7 +468,15 @@ def approved(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory) -> fl
     """The tiny run with a little more training and next to no limits: keratosis is accepted, as its figures say."""
     params = tiny_run.params.model_dump()
     params["gan"] |= {"pretrain_kimg": 2.0, "finetune_kimg": 0.5}
-    params["gate"] |= {"fd_ratio": 1e9, "kid_ratio": 1e9, "coverage_ratio": 0.0, "c_t": -1e9, "near_copy_share": 1.0}
+    params["gate"] |= {
+        "fd_ratio": 1e9,
+        "kid_ratio": 1e9,
+        "coverage_ratio": 0.0,
+        "recall_ratio": 0.0,
+        "control_correlation": -1.0,
+        "c_t": -1e9,
+        "near_copy_share": 1.0,
+    }
     store = shutil.copytree(tiny_run.store, tmp_path_factory.mktemp("approved") / "store")
     run = flow.Run(tiny_run.data_dir, Path(store), Params.model_validate(params))
     for stage in list(flow.STAGES)[: list(flow.STAGES).index("package") + 1]:

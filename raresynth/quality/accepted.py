@@ -36,7 +36,8 @@ def gate(
     Args:
         quality_dirs: label -> folder that `measure` left.
         failed: label -> why its images could not be made; such a class is rejected.
-        unmeasured: label -> why its images could not be measured; such a class stays insufficient.
+        unmeasured: label -> why its images could not be measured, or which error stood in the way; such a class stays
+            insufficient.
         synthetic_dirs: label -> folder that `synthesize` left; may hold classes that are not decided on.
         root: folder that the paths in accepted.csv and drawn.csv are relative to.
 

@@ -43,6 +43,16 @@ class EncoderControls(Report):
     pixel_neighbour_accuracy: float
     """The same by raw pixels."""
 
+    def failed(self, least: float) -> list[str]:
+        """By what images are made worse while FD follows with a rank correlation of less than `least`."""
+        named = {
+            "blur": self.blur,
+            "noise": self.noise,
+            "JPEG compression": self.jpeg,
+            "missing modes": self.dropped_modes,
+        }
+        return [name for name, control in named.items() if not control.spearman >= least]
+
 
 def check_encoder(
     features: FeatureFunction,
@@ -86,6 +96,22 @@ def noised(images: Pixels, sigma: float, seed: int) -> Pixels:
     """Images with Gaussian noise of `sigma` grey levels."""
     noise = np.random.default_rng([seed, 2]).normal(0, sigma, images.shape)
     return np.clip(np.rint(images + noise), 0, 255).astype(np.uint8)
+
+
+def jittered(images: Pixels, rng: np.random.Generator) -> Pixels:
+    """Copies as a generator might make them: turned, mirrored, shifted by up to 2 pixels, recoloured and noisy."""
+    copies = []
+    for image in images:
+        padded = Image.fromarray(np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect"))
+        left, top = rng.uniform(0, 4, 2)
+        shifted = padded.transform(
+            image.shape[1::-1], Image.Transform.AFFINE, (1, 0, left, 0, 1, top), Image.Resampling.BICUBIC
+        )
+        copy = np.rot90(np.asarray(shifted), int(rng.integers(4))).astype(float)
+        copy = copy[:, ::-1] if rng.random() < 0.5 else copy
+        copy = copy * rng.uniform(0.9, 1.1) + rng.uniform(-12, 12) + rng.normal(0, 4, copy.shape)
+        copies.append(np.clip(copy + rng.uniform(-6, 6, 3), 0, 255).astype(np.uint8))
+    return np.stack(copies)
 
 
 def compressed(images: Pixels, loss: float) -> Pixels:

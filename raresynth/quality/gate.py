@@ -8,6 +8,8 @@ to 40-150 reals, with sets of images whose worth is known (tests/test_gate.py re
   against 0.9, KID 0.035 against 0.025). Classes that lie close together need more reals before this can be settled.
 - Coverage ratio >= 0.6 of what unseen reals reach. These have lower bounds of 0.7 to 0.9; generators that show a few
   faces of a class have 0.2 to 0.4.
+- Recall ratio >= 0.4, the share of reals within reach of the fakes: of unseen reals about 1; fakes of half the reals'
+  scatter, which coverage does not notice, have under 0.25.
 - Near-copy distance 0.5: 96 to 100 % of training images that were turned, mirrored, shifted by fractions of up to
   2 of 32 pixels, recoloured and noised lie under it, and 0 to 0.7 % of unseen reals.
 - Near-copy share <= 2.5 %: with 230 or more synthetic images one jittered copy in twenty is rejected, and unseen reals
@@ -16,13 +18,17 @@ to 40-150 reals, with sets of images whose worth is known (tests/test_gate.py re
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Literal
 
 from raresynth.config import GateConfig
 from raresynth.lineage import Report
-from raresynth.quality.reports import FailedClass, QualityReport
+from raresynth.quality.copying import Z_95
+from raresynth.quality.reports import Copying, FailedClass, QualityReport
 
 Verdict = Literal["accepted", "rejected", "insufficient"]
+MIN_COPIES_FOUND = 0.8
+"""One jittered copy in twenty, the least that is to be noticed, then stands out from the limit of 2.5 %."""
 
 
 class ClassDecision(Report):
@@ -56,15 +62,32 @@ def _decide_class(report: QualityReport | FailedClass, config: GateConfig) -> Cl
             report.coverage.ratio_high,
             config.coverage_ratio,
         ),
-        _at_most("near-copy share", copying.near_copy_share, copying.low, copying.high, config.near_copy_share),
+        _at_least(
+            "recall ratio", report.recall.ratio, report.recall.ratio_low, report.recall.ratio_high, config.recall_ratio
+        ),
+        _near_copies(copying, config.near_copy_share),
         # C_T is measured in its own standard errors, so the limit is its interval.
         _at_least("C_T", copying.c_t, copying.c_t, copying.c_t, config.c_t),
     ]
     verdicts = {verdict for verdict, _ in judged}
-    decision: Verdict = (
-        "rejected" if "rejected" in verdicts else "insufficient" if "insufficient" in verdicts else "accepted"
-    )
-    return ClassDecision(label=report.label, decision=decision, reasons=[*(text for _, text in judged), *report.notes])
+    open_questions = "insufficient" in verdicts or report.doubts
+    decision: Verdict = "rejected" if "rejected" in verdicts else "insufficient" if open_questions else "accepted"
+    reasons = [*(text for _, text in judged), *report.doubts, *report.notes]
+    return ClassDecision(label=report.label, decision=decision, reasons=reasons)
+
+
+def _near_copies(copying: Copying, limit: float) -> tuple[Verdict, str]:
+    """The check is believed as far as its own controls carry it."""
+    verdict, text = _at_most("near-copy share", copying.near_copy_share, copying.low, copying.high, limit)
+    found, reals = copying.controls.copies_found, copying.controls.reals_found
+    if verdict == "accepted" and found < MIN_COPIES_FOUND:
+        return "insufficient", f"{text}, but of jittered train images too only {100 * found:.0f} % count as copies"
+    if verdict == "rejected" and reals > limit:
+        return "insufficient", f"{text}, but of reals that it never saw {100 * reals:.1f} % count as copies too"
+    least = ceil(Z_95**2 * (1 - limit) / limit) if limit else 0  # Wilson's upper bound of 0 in so many is the limit
+    if verdict == "insufficient" and copying.n_drawn < least:
+        return verdict, f"{text}; it takes {least} (balance.policy fixed or ratio asks for more)"
+    return verdict, text
 
 
 def _at_most(

@@ -11,20 +11,23 @@ import pandas as pd
 from raresynth.config import GateConfig, QualityConfig
 from raresynth.dataset.images import Pixels, load_images
 from raresynth.dataset.manifest import read_manifest, read_synthetic
-from raresynth.errors import DataError, TooFewImages
-from raresynth.lineage import write_report
+from raresynth.errors import TooFewImages
+from raresynth.lineage import read_report, write_report
 from raresynth.quality import copying, inception
+from raresynth.quality.controls import jittered
 from raresynth.quality.distances import Estimates, frechet_distance, kernel_distance, kernel_distances
-from raresynth.quality.encoder import Encoder, Features
+from raresynth.quality.encoder import Encoder, EncoderReport, Features
 from raresynth.quality.neighbours import neighbourhood
 from raresynth.quality.reals import MIN_GROUPS, MIN_REAL, Reals, at_most, group_numbers, held_out_reals
-from raresynth.quality.reports import Copying, Distance, Fid, NearestReal, Proportion, QualityReport
+from raresynth.quality.reports import Copying, CopyingControls, Distance, Fid, NearestReal, Proportion, QualityReport
 
 MIN_TRAIN_GROUPS = 3
 MIN_OTHER = 12
 PARTS = 4
 """At most this many disjoint subsets of the fakes meet each half of the reals."""
 SHOWN = 16
+CONTROLLED = 100
+"""Train images, at most, that a control of the copying check looks at."""
 
 
 def measure(
@@ -41,20 +44,20 @@ def measure(
 ) -> QualityReport:
     """Measure the synthetic images of `label` against its reals and write report.json to `out_dir`.
 
-    The reals are the held-out (val) ones; with fewer than `config.min_held_out` of them, train + val, and then the
-    copying check binds. The test split is never looked at.
+    The reals are the held-out (val) ones; with fewer than `config.min_held_out` groups of them, train + val, and then
+    the copying check binds. The test split is never looked at.
 
     Args:
         synthetic_dir: folder with manifest.csv, whose paths are relative to the folder above.
 
     Raises:
-        TooFewImages: the class has too few real or synthetic images to measure anything.
-        DataError: there is no other class to compare with.
+        TooFewImages: the class has too few real or synthetic images to measure anything, or there is no other class
+            to compare with.
         CheckpointError: the encoder or the Inception weights are missing or damaged.
     """
     manifest = read_manifest(manifest_path)
     manifest = manifest[manifest["split"] != "test"]
-    fakes = _fakes(synthetic_dir / "manifest.csv", config.max_images, seed)
+    fakes = _fakes(synthetic_dir / "manifest.csv", label, config.max_images, seed)
     real, binding = held_out_reals(manifest, label, config.min_held_out)
     train = _train(manifest[manifest["label"] == label], label)
     real = at_most(real, config.max_images, seed)
@@ -70,9 +73,9 @@ def measure(
         if len(frame) >= MIN_OTHER and frame["group"].nunique() >= MIN_GROUPS
     }
     if not others:
-        raise DataError(
-            f"{manifest_path} has no class but {label} with {MIN_OTHER} images of {MIN_GROUPS} groups; "
-            "add another to compare with"
+        raise TooFewImages(
+            f"no class but {label} has {MIN_OTHER} train and val images of {MIN_GROUPS} groups; add images of another "
+            "to compare with"
         )
     real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
     groups = group_numbers(real)
@@ -80,7 +83,7 @@ def measure(
         name: kernel_distances(real_features, fake_features, other.features, groups, other.groups)
         for name, other in others.items()
     }
-    other_label, other_note = nearest_other(label, kids)
+    other_label, other_doubt = nearest_other(label, kids)
     kid = kids[other_label]
     halves = compare_halves(real_features, fake_features, others[other_label], groups, config.real_splits, seed)
     unseen = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
@@ -99,19 +102,25 @@ def measure(
         recall=halves.proportion("recall"),
         density=halves.proportion("density"),
         coverage=halves.proportion("coverage"),
-        copying=_copying(fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, cache_dir),
+        copying=_copying(
+            fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, seed, cache_dir
+        ),
         binding_copying=binding,
         fid=fid,
-        notes=[note for note in (_binding_note(label, config) if binding else None, other_note, fid_note) if note],
+        doubts=[*([other_doubt] if other_doubt else []), *encoder_doubts(encoder_dir, gate.control_correlation)],
+        notes=[note for note in (_binding_note(label, config) if binding else None, fid_note) if note],
     )
     write_report(out_dir / "report.json", report)
     return report
 
 
-def _fakes(path: Path, limit: int, seed: int) -> pd.DataFrame:
+def _fakes(path: Path, label: str, limit: int, seed: int) -> pd.DataFrame:
     frame = read_synthetic(path, "synthesize")
     if len(frame) < 2 * MIN_REAL:
-        raise TooFewImages(f"{path} lists {len(frame)} images and measuring needs {2 * MIN_REAL}; synthesize more")
+        raise TooFewImages(
+            f"class {label} got {len(frame)} synthetic images and measuring needs {2 * MIN_REAL}; ask for more with "
+            "balance.policy fixed or ratio"
+        )
     return at_most(frame, limit, seed)
 
 
@@ -127,22 +136,39 @@ def _train(frame: pd.DataFrame, label: str) -> pd.DataFrame:
 
 def _binding_note(label: str, config: QualityConfig) -> str:
     return (
-        f"Class {label} has fewer than {config.min_held_out} held-out images, so its figures are taken against "
-        "train + val reals, which a generator that copies would please: the copying check is binding."
+        f"Class {label} has held-out images of fewer than {config.min_held_out} groups, so its figures are taken "
+        "against train + val reals, which a generator that copies would please: the copying check is binding."
     )
 
 
 def nearest_other(label: str, kids: Mapping[str, Estimates]) -> tuple[str, str | None]:
     """The class of least KID to `label` of those clearly apart from it, and a sentence if a nearer one is not.
 
-    A class that these reals cannot tell from `label` gives no unit to measure synthetic images in.
+    A class that these reals cannot tell from `label` gives no unit to measure synthetic images in; nor can it be told
+    then whether these show `label` or that class.
     """
     nearest = min(kids, key=lambda name: kids[name].second)
     apart = [name for name in kids if kids[name].ratio() is not None]
     chosen = min(apart or kids, key=lambda name: kids[name].second)
     if chosen == nearest:
         return chosen, None
-    return chosen, f"So few reals do not tell {label} from {nearest}, so its distances are held against {chosen}."
+    return chosen, (
+        f"So few reals do not tell {label} from {nearest}: its distances are held against {chosen}, and whether the "
+        f"synthetic images show {label} or {nearest} is open."
+    )
+
+
+def encoder_doubts(encoder_dir: Path, least: float) -> list[str]:
+    """What the encoder's own controls leave open, in sentences.
+
+    Raises:
+        CheckpointError: the folder holds no encoder.
+    """
+    controls = read_report(encoder_dir / "report.json", EncoderReport).controls
+    failed = controls.failed(least) if controls else []
+    return [
+        f"FD on this run's encoder does not rise as reals are made worse by {name}; train it longer." for name in failed
+    ]
 
 
 @dataclass(frozen=True)
@@ -162,16 +188,25 @@ class Halves:
     size: int
     replicates: Mapping[str, npt.NDArray[np.float64]]
 
-    def estimates(self, first: str, second: str, floor: str | None = None) -> Estimates:
-        a, b = self.replicates[first], self.replicates[second]
-        if floor is not None:
-            zero = self.replicates[floor].mean()
-            a, b = a - zero, b - zero
+    def estimates(self, first: str, second: str, zeros: tuple[float, float] = (0.0, 0.0)) -> Estimates:
+        """Two figures less their zeros."""
+        a, b = self.replicates[first] - zeros[0], self.replicates[second] - zeros[1]
         return Estimates(float(a.mean()), float(b.mean()), np.cov(a, b))
 
+    def fd_zeros(self) -> tuple[float, float]:
+        """What FD of the reals to the fakes, and to the other reals, would be if nothing differed.
+
+        FD's bias grows with the scatter of either sample: half of it is that of two halves of the one, half that of two
+        halves of the other. Fakes that scatter less than the reals, the common fault of GANs, have less of it, and the
+        reals' own floor alone would flatter them: at half the reals' standard deviation as far as below 0.
+        """
+        real, fake, other = (float(self.replicates[name].mean()) for name in ("fd real", "fd fake", "fd other floor"))
+        return (real + fake) / 2, (real + other) / 2
+
     def distance(self, other_label: str) -> Distance:
-        values, above_floor = self.estimates("fd", "fd other"), self.estimates("fd", "fd other", "fd real")
-        return _distance(values, float(self.replicates["fd real"].mean()), other_label, above_floor)
+        zeros = self.fd_zeros()
+        values, above = self.estimates("fd", "fd other"), self.estimates("fd", "fd other", zeros)
+        return _distance(values, float(self.replicates["fd real"].mean()), zeros, other_label, above)
 
     def proportion(self, name: str) -> Proportion:
         estimates = self.estimates(name, f"{name} real")
@@ -188,25 +223,30 @@ class Halves:
         )
 
 
-def _distance(values: Estimates, floor: float, other_label: str, above_floor: Estimates) -> Distance:
+def _distance(
+    values: Estimates, floor: float, zeros: tuple[float, float], other_label: str, above: Estimates
+) -> Distance:
+    """`above` are the values less their zeros."""
     low, high = values.interval()
-    ratio = above_floor.ratio_interval() or (None, None)
+    ratio = above.ratio_interval() or (None, None)
     return Distance(
         value=values.first,
         low=low,
         high=high,
         floor=floor,
+        zero=zeros[0],
         other_label=other_label,
         other_value=values.second,
-        ratio=above_floor.ratio(),
+        other_zero=zeros[1],
+        ratio=above.ratio(),
         ratio_low=ratio[0],
         ratio_high=ratio[1],
     )
 
 
 def _kid(kid: Estimates, floor: float, other_label: str) -> Distance:
-    # KID is unbiased, so its ratio needs no floor; the floor is shown for comparison.
-    return _distance(kid, floor, other_label, kid)
+    # KID is unbiased; the floor is shown for comparison.
+    return _distance(kid, floor, (0.0, 0.0), other_label, kid)
 
 
 def grouped_halves(
@@ -230,6 +270,7 @@ def compare_halves(
     that floor, fakes, which are independent, would look too good.
 
     The fakes' part of each comparison is a random half of them, cut into up to four subsets whose figures are averaged.
+    FD is also taken between the halves of the fakes, and of the other reals: `Halves.fd_zeros`.
 
     Args:
         real, fake: features (N, D), (M, D).
@@ -238,11 +279,11 @@ def compare_halves(
     Raises:
         TooFewImages: the reals have fewer than 8 groups.
     """
-    rng, chooser = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 4])
+    rng, chooser, floors = (np.random.default_rng([seed, number]) for number in (1, 4, 5))
     sides = [np.arange(n) for n in (groups.max() + 1, len(fake), other.groups.max() + 1)]
     pairs = [grouped_halves(sides[0], rng) for _ in range(splits)]
-    halves = [(grouped_halves(sides[1], rng)[0], grouped_halves(sides[2], rng)[0]) for _ in range(splits)]
-    size = min(len(half) for split in (*pairs, *halves) for half in split)
+    halves = [(grouped_halves(sides[1], rng), grouped_halves(sides[2], rng)) for _ in range(splits)]
+    size = min(len(half) for split in (*pairs, *(pair for both in halves for pair in both)) for half in split)
     if len(sides[0]) < MIN_GROUPS:
         raise TooFewImages(
             f"the reals are of {len(sides[0])} groups, and comparing halves of them needs {MIN_GROUPS}; "
@@ -253,8 +294,10 @@ def compare_halves(
         chosen, others = real[one_of_each(groups, chooser)], other.features[one_of_each(other.groups, chooser)]
         a, b = chosen[rng.permutation(first)[:size]], chosen[rng.permutation(second)[:size]]
         row = _compare(a, b, " real")
-        for sample, half, suffix in ((fake, of_fake, ""), (others, of_other, " other")):
+        kinds = ((fake, of_fake, "", "fd fake"), (others, of_other, " other", "fd other floor"))
+        for sample, (half, rest), suffix, floor in kinds:
             shuffled = rng.permutation(half)
+            row[floor] = frechet_distance(sample[shuffled[:size]], sample[floors.permutation(rest)[:size]])
             parts = [
                 _compare(a, sample[shuffled[i * size : (i + 1) * size]], suffix)
                 for i in range(min(PARTS, len(half) // size))
@@ -319,18 +362,14 @@ def _copying(
     unseen: pd.DataFrame,
     data_dir: Path,
     threshold: float,
+    seed: int,
     cache_dir: Path | None,
 ) -> Copying:
     def pixels(frame: pd.DataFrame, root: Path) -> Pixels:
         return load_images(frame, root, copying.SIDE, cache_dir)
 
-    figures = copying.check_copying(
-        pixels(fakes, synthetic_root),
-        pixels(train, data_dir),
-        group_numbers(train),
-        pixels(unseen, data_dir),
-        threshold,
-    )
+    own, groups, others = pixels(train, data_dir), group_numbers(train), pixels(unseen, data_dir)
+    figures = copying.check_copying(pixels(fakes, synthetic_root), own, groups, others, threshold)
     # Those that the sieve took out before an image of this choice count too: the share is the generator's.
     taken_out, atypical = int(fakes["rejected_near_copy"].sum()), int(fakes["rejected_atypical"].sum())
     n_near_copies, n_drawn = figures.n_near_copies + taken_out, len(fakes) + taken_out + atypical
@@ -342,10 +381,36 @@ def _copying(
         high=high,
         n_drawn=n_drawn,
         threshold=threshold,
+        controls=copying_controls(own, groups, others, threshold, seed),
         authenticity=figures.authenticity,
         c_t=figures.c_t,
         nearest=[
             NearestReal(synthetic=path, train=str(train["path"].iloc[index]), distance=float(relative))
             for path, index, relative in shown
         ],
+    )
+
+
+def copying_controls(
+    train: Pixels, groups: npt.NDArray[np.int64], unseen: Pixels, threshold: float, seed: int
+) -> CopyingControls:
+    """Whether the check finds copies, and calls nothing a copy that is none.
+
+    Args:
+        train, unseen: uint8 (N, 32, 32, 3), (U, 32, 32, 3); with fewer than 20 unseen reals some train images take
+            their place, each held against those of the other groups.
+        groups: group number of each train image, 0 to G - 1, G >= 3.
+    """
+    rng = np.random.default_rng([seed, 6])
+    chosen = rng.permutation(len(train))[:CONTROLLED]
+    copies = copying.relative_distances(jittered(train[chosen], rng), train, groups)
+    if len(unseen) >= copying.MIN_UNSEEN:
+        reals = copying.relative_distances(unseen, train, groups)
+    else:
+        reals = copying.relative_distances(train[chosen], train, groups, groups[chosen])
+    return CopyingControls(
+        copies_found=float((copies < threshold).mean()),
+        n_copies=len(copies),
+        reals_found=float((reals < threshold).mean()),
+        n_reals=len(reals),
     )

@@ -25,14 +25,15 @@ class Reals:
 def held_out_reals(manifest: pd.DataFrame, label: str, min_held_out: int) -> tuple[pd.DataFrame, bool]:
     """Rows of the class's val images, or of train + val where these are too few; whether so.
 
-    Too few are fewer than `min_held_out`, 12 images or 8 groups. Train images please a generator that copies, so that
+    Too few are images of fewer than `min_held_out` groups (FD and coverage take one image of each), or fewer than 12
+    images or 8 groups. Train images please a generator that copies, so that
     the copying check then binds.
 
     Raises:
         TooFewImages: there are fewer than 12 images or 8 groups.
     """
     held_out = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
-    if len(held_out) < min_held_out or not _are_enough(held_out):
+    if held_out["group"].nunique() < min_held_out or not _are_enough(held_out):
         return seen_reals(manifest, label), True
     return held_out, False
 

@@ -14,12 +14,16 @@ class Distance(Report):
     """95 % interval of `value`."""
     floor: float
     """The same distance between two random halves of the class's reals."""
+    zero: float
+    """What `value` would be at this number of images if nothing differed: of FD the mean of `floor` and of the same
+    distance between halves of the synthetic images; of KID, which has no bias, 0."""
     other_label: str
     other_value: float
     """The same distance from the class's reals to those of the nearest class that is clearly apart from it."""
+    other_zero: float
     ratio: float | None
-    """Of FD (value - floor) / (other_value - floor), of KID, which has no bias, value / other_value: 0 is as good as
-    reals, 1 is as far off as another class. None where the other class cannot be told from this one."""
+    """(value - zero) / (other_value - other_zero): 0 is as good as reals, 1 is as far off as another class. None where
+    the other class cannot be told from this one."""
     ratio_low: float | None
     ratio_high: float | None
 
@@ -48,6 +52,18 @@ class NearestReal(Report):
     """Relative to the mean distance of the next five groups: 1 is no nearer than those, 0 is a copy."""
 
 
+class CopyingControls(Report):
+    """Whether the copying check finds copies, and calls nothing a copy that is none."""
+
+    copies_found: float
+    """Share of jittered copies of train images under the threshold; 1 is best."""
+    n_copies: int
+    reals_found: float
+    """Share of real images that the generator was not trained on, or of train images held against other groups, under
+    it; 0 is best."""
+    n_reals: int
+
+
 class Copying(Report):
     """Whether synthetic images repeat images of the train split.
 
@@ -63,6 +79,7 @@ class Copying(Report):
     """Images that the share is of: those measured, and those that were rejected before them."""
     threshold: float
     """Relative distances under it count as near copies."""
+    controls: CopyingControls
     authenticity: float
     """Share of synthetic images farther from their nearest train image than that one is from the other reals."""
     c_t: float
@@ -105,6 +122,8 @@ class QualityReport(Report):
     copying: Copying
     binding_copying: bool
     fid: Fid | None
+    doubts: list[str]
+    """Why these figures do not suffice to accept the class, however good they are."""
     notes: list[str]
 
 

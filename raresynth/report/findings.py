@@ -78,6 +78,11 @@ class Findings:
     predictions: pd.DataFrame
     bundle: Bundle
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether the source says which images are of one lesion or patient; else each is a group by itself."""
+        return bool((self.manifest["group"] != self.manifest["image_id"]).any())
+
 
 def read_findings(sources: Sources, params: Params) -> Findings:
     """Read every report.

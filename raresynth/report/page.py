@@ -206,9 +206,14 @@ def notes(findings: Findings) -> Iterator[str]:
     evaluation = findings.evaluation
     yield (
         "The test split was used once, after every choice had been made on val. Intervals are 95 % bootstrap intervals "
-        f"over {counted(evaluation.n_groups, 'group')} of test images (lesions or patients), "
-        f"{evaluation.bootstrap_samples:,} resamples."
+        f"over {counted(evaluation.n_groups, 'group')} of test images"
+        f"{' (lesions or patients)' if findings.has_groups else ''}, {evaluation.bootstrap_samples:,} resamples."
     )
+    if not findings.has_groups:
+        yield (
+            "The source names no lesions or patients. Where several images are of one, they may lie in train and test, "
+            "and the intervals take them for independent: name the column under dataset.csv.group."
+        )
     yield (
         "Every arm was trained once, from one seed. The intervals cover the choice of test images, not how much "
         "another training run would differ."
@@ -216,7 +221,7 @@ def notes(findings: Findings) -> Iterator[str]:
     coarse = [f"{label} ({n})" for label, n in evaluation.n_test.items() if n < FEW_TEST_IMAGES]
     if coarse:
         yield f"Few test images: {enumerate_words(coarse)}. Figures of such a class move in coarse steps."
-    yield from dict.fromkeys(note for report in findings.quality.values() for note in report.notes)
+    yield from dict.fromkeys(note for report in findings.quality.values() for note in (*report.doubts, *report.notes))
     if findings.encoder.controls is None:
         yield "The val split is too small to show that the encoder sees what it should."
     if findings.quality:
