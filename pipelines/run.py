@@ -69,16 +69,22 @@ def _run_pipeline(data: Path, params: str, store: Path, scratch: Path) -> str | 
 
 
 def _end_on_interrupt(scratch: str) -> None:
-    """On Ctrl-C end at once with one sentence; the tasks, which do not hear it themselves, end with this process."""
+    """On Ctrl-C and SIGTERM end at once with one sentence; the tasks end with this process."""
+
+    def end(code: int) -> None:
+        os.write(2, f"raresynth: {INTERRUPTED}\n".encode())
+        shutil.rmtree(scratch, ignore_errors=True)
+        os._exit(code)
+
+    # Not blocked or ignored as below: what tasks start and end by SIGTERM would inherit that.
+    signal.signal(signal.SIGTERM, lambda *_: end(128 + signal.SIGTERM))
     # Blocked in every thread from here on, so that it stays pending for sigwait; ignored by every process started.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         signal.sigwait({signal.SIGINT})
-        os.write(2, f"raresynth: {INTERRUPTED}\n".encode())
-        shutil.rmtree(scratch, ignore_errors=True)
-        os._exit(130)
+        end(128 + signal.SIGINT)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -196,6 +197,10 @@ def _stage(arguments: argparse.Namespace) -> None:
         print(f"{name}: {record.status}{', ' + record.reason if record.reason else ''} -> {run.store / record.output}")
         if record.retry:
             print(f"{name}: it is tried again by `raresynth run`, this command, or `dvc repro --force`")
+    if arguments.stage == "validate":
+        from raresynth.report.summary import images_used
+
+        print("\n".join(images_used(run.store)))
     if arguments.stage == "report":
         from raresynth.report.summary import summarize
 
@@ -242,6 +247,8 @@ def _check_place(store: Path, data: Path) -> None:
 def _tune(arguments: argparse.Namespace) -> None:
     from raresynth.tuning import tune
 
+    if not 0 < arguments.minutes < math.inf:
+        raise ParamsError(f"--minutes {arguments.minutes:g} is no time budget; give a number above 0")
     run = _open_run(arguments.data, arguments.params, arguments.out)
     with flow.alone_in(run.store):
         report = tune(run, arguments.minutes * 60)

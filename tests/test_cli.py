@@ -57,7 +57,7 @@ def test_unknown_knob(tmp_path: Path, params: Path, command: str) -> None:
 def test_an_error_inside_the_pipeline_is_one_sentence(tmp_path: Path, params: Path) -> None:
     (tmp_path / "data").mkdir()
     done = run("run", "--data", tmp_path / "data", "--params", params, "--out", tmp_path / "out")
-    assert "layout" in sentence(done)
+    assert "holds no image file" in sentence(done)
 
 
 def test_a_single_class_cannot_be_balanced(tmp_path: Path, params: Path) -> None:
@@ -80,6 +80,21 @@ def test_a_stage_out_of_order_names_the_one_before(tmp_path: Path, params: Path)
 
 def test_a_stage_without_a_run_asks_for_data(tmp_path: Path) -> None:
     assert "--data" in sentence(run("report", "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("minutes", ["-5", "0", "nan", "inf"])
+def test_tune_needs_a_time_budget(tmp_path: Path, minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--out", str(tmp_path), "--minutes", minutes]) == 2
+    said = capsys.readouterr().err
+    assert said == f"raresynth: --minutes {minutes} is no time budget; give a number above 0\n"
+
+
+def test_validate_says_what_was_dropped(tiny_run: flow.Run, tmp_path: Path, params: Path) -> None:
+    params.write_text(tiny_run.params.model_dump_json())
+    where = ("--data", tiny_run.data_dir, "--params", params, "--out", tmp_path / "out")
+    assert run("build-manifest", *where).returncode == 0
+    said = run("validate", *where).stdout
+    assert re.search(r"^- images: 136 of 143 rows used, 7 in quarantine; classes dropped: \w+ \(4 usable", said, re.M)
 
 
 def test_predict_needs_a_bundle(tmp_path: Path) -> None:
@@ -177,7 +192,9 @@ def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
     assert "run.json is damaged" in sentence(run("report", "--out", tmp_path))
 
 
-def test_interrupt_ends_with_one_sentence(tiny_run: flow.Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_with_one_sentence(tiny_run: flow.Run, tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "scratch").mkdir()
     params = tmp_path / "params.json"
     params.write_text(tiny_run.params.model_copy(update={"encoder": LONG}).model_dump_json())
     command = [sys.executable, "-P", "-m", "raresynth.cli", "run", "--data", tiny_run.data_dir]
@@ -187,13 +204,17 @@ def test_interrupt_ends_with_one_sentence(tiny_run: flow.Run, tmp_path: Path) ->
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "scratch")},
     )
     while not list((tmp_path / "out").glob("checkpoints/train-encoder/*/*/state/*")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    assert list((tmp_path / "scratch").glob("raresynth-*"))
+    # Ctrl-C reaches all processes of a terminal, kill the one that it names.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
+    assert not list((tmp_path / "scratch").glob("raresynth-*"))
     assert "Traceback" not in output
     assert output.count("raresynth: interrupted") == 1
 

@@ -12,6 +12,7 @@ from PIL import Image
 from raresynth.dataset.images import decode_image, load_images
 from raresynth.dataset.manifest import COLUMNS, count_classes, read_manifest, write_manifest
 from raresynth.errors import DataError
+from raresynth.lineage import sha256_file
 
 
 def picture(width=40, height=40, seed=0):
@@ -88,7 +89,7 @@ def folder(tmp_path):
     rows = []
     for index in range(5):
         (tmp_path / f"{index}.png").write_bytes(encode(picture(seed=index)))
-        rows.append((f"{index}.png", f"sha-{index}"))
+        rows.append((f"{index}.png", sha256_file(tmp_path / f"{index}.png")))
     return tmp_path, pd.DataFrame(rows, columns=["path", "sha256"])
 
 
@@ -123,9 +124,23 @@ def test_packed_pixels_are_told_apart_by_content_and_size(folder, tmp_path):
 def test_a_failed_read_leaves_no_packed_pixels(folder, tmp_path):
     root, manifest = folder
     (root / "3.png").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"3\.png"):
+    manifest.loc[3, "sha256"] = sha256_file(root / "3.png")
+    with pytest.raises(DataError, match=r"3\.png cannot be decoded"):
         load_images(manifest, root, 16, tmp_path / "packed")
     assert not list((tmp_path / "packed").iterdir())
+
+
+@pytest.mark.parametrize("cache", [None, "packed"])
+def test_an_image_that_was_changed_after_its_manifest_is_not_taken_for_it(folder, tmp_path, cache):
+    root, manifest = folder
+    (root / "3.png").write_bytes((root / "4.png").read_bytes())
+    cache_dir = cache and tmp_path / cache
+    with pytest.raises(DataError, match=r"3\.png was changed after its manifest was written; start the run again"):
+        load_images(manifest, root, 16, cache_dir)
+    assert cache_dir is None or not list(cache_dir.iterdir())
+    (root / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3\.png cannot be read \(No such file or directory\); put it back"):
+        load_images(manifest, root, 16, cache_dir)
 
 
 def a_manifest():

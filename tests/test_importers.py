@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,23 @@ def test_folders_of_splits(data):
     assert manifest.loc["valid/nv/2", ["label", "split"]].to_list() == ["nv", "val"]
 
 
+def test_split_folders_beside_others_are_refused(data):
+    for split in ("train", "val", "test"):
+        folders(data, split)
+    draw(data / "figures" / "fig.png")
+    with pytest.raises(DataError, match="the split folders test, train and val and also figures; move figures out, or"):
+        importing(data)
+    draw(data / "notes" / "fig.png")
+    with pytest.raises(DataError, match="also figures and notes; move figures and notes out"):
+        importing(data, layout="folders")
+
+
+def test_one_folder_called_like_a_split_is_a_label(data):
+    for label in ("train", "tram", "bus"):
+        draw(data / label / "0.png", 1)
+    assert set(importing(data)[1]["label"]) == {"train", "tram", "bus"}
+
+
 def test_files_that_differ_in_extension_only_keep_it_in_their_ids(data):
     folders(data)
     draw(data / "df" / "3.jpg", 77)
@@ -254,6 +272,39 @@ def test_names_may_lack_their_extension_or_carry_their_folder(data):
     assert {"000", "images/001", "003"} <= set(manifest.index)
 
 
+def test_names_in_another_case_or_unicode_form_are_found(data):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    csv_set(
+        data,
+        row0="000.PNG,a,g0,IV",
+        row1=f"Caf{composed}.png,a,g0,IV",
+        row2=f"n{decomposed}vus,a,g1,IV",
+        row3="IMAGES/003.Png,a,g1,IV",
+    )
+    (data / "images" / "001.png").rename(data / "images" / f"caf{decomposed}.PNG")
+    (data / "images" / "002.png").rename(data / "images" / f"N{composed}vus.png")
+    report, manifest = importing(data)
+    assert (report.n_rows, report.n_missing, report.n_unlabelled) == (12, 0, 0)
+    assert manifest.loc["IMAGES/003.Png".removesuffix(".Png"), "path"] == "images/003.png"
+
+
+def test_a_name_that_may_mean_another_file_or_name_is_not_guessed(data):
+    csv_set(
+        data,
+        row0="X.png,a,g0,IV",  # images/x.PNG or more/X.Png?
+        row1="001.png,a,g0,IV",
+        row2="001.PNG,b,g1,IV",  # 001.png is that of the row above
+        row3="Y.png,a,g2,IV",  # two names, one file
+        row4="y.PNG,b,g3,IV",
+    )
+    (data / "images" / "000.png").rename(data / "images" / "x.PNG")
+    draw(data / "more" / "X.Png", 50)
+    (data / "images" / "003.png").rename(data / "images" / "Y.PNG")
+    report, manifest = importing(data)
+    assert report.n_missing == 4
+    assert set(manifest.loc[manifest["sha256"] == "", "image_id"]) == {"X", "001.PNG", "Y", "y"}
+
+
 def test_splits_of_the_source_are_kept(data):
     rows = {f"row{i}": f"{i:03d}.png,{'ab'[i % 2]},g{i},{('train', 'Validation', 'test')[i % 3]}" for i in range(12)}
     csv_set(data, header="image_id,label,group,split", **rows)
@@ -320,7 +371,7 @@ def test_what_params_name_wrongly_is_named(data, columns, message):
 def test_a_file_that_is_no_csv_is_named(data):
     csv_set(data)
     (data / "metadata.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(DataError, match=r"metadata\.csv is no CSV file in UTF-8"):
+    with pytest.raises(DataError, match=r"metadata\.csv is no CSV file in UTF-8 .*; save it as UTF-8$"):
         importing(data)
 
 
@@ -351,6 +402,12 @@ def test_an_unknown_layout_names_those_that_were_looked_for(data):
     with pytest.raises(
         DataError, match=r"HAM10000_metadata\.csv.*metadata\.csv.*ISIC.*folders.*dataset\.csv in params"
     ):
+        importing(data)
+
+
+def test_a_folder_without_images_is_told_so_first(data):
+    write(data / "README.md", "read me")
+    with pytest.raises(DataError, match="data holds no image file; name the folder that holds the images"):
         importing(data)
 
 

@@ -149,6 +149,7 @@ def test_expectations_tell_what_was_found_and_hold_afterwards(defective):
         "the file has bytes": 1,
         "the file is an image that can be decoded to its end": 4,
         "sides are from 32 to 10000 pixels long": 4,
+        "a grey image of 16 bits uses more than 12 of them": 0,
         "the image has a label": 1,
         "the same bytes have one label": 2,
         "no two rows have the same bytes": 6,
@@ -216,6 +217,27 @@ def test_a_file_that_vanished_after_the_manifest_was_made_is_missing(tmp_path):
     report = validate(tmp_path / "data", manifest, tmp_path / "validation", ValidationConfig(min_images_per_split=1))
     assert report.quarantined == {"class_too_small": 19, "missing": 1}
     assert report.dropped_classes == {"nv": "19 usable images, fewer than min_images = 20"}
+
+
+@pytest.mark.parametrize(("n_missing", "refused"), [(20, False), (21, True)])
+def test_rows_of_which_more_than_a_quarter_name_no_file_stop_the_run(tmp_path, n_missing, refused):
+    absent = {f"z-{i}.jpg": ("nv", f"z-{i}", None) for i in range(n_missing)}
+    images = SOUND | absent
+    unnamed = tmp_path / "data" / "images"
+    write_set(tmp_path / "data", images)
+    for number in range(30):  # files that the CSV does not name are no rows of it
+        (unnamed / f"unnamed-{number}.jpg").write_bytes(whole(5000 + number))
+    build_manifest(tmp_path / "data", tmp_path / "manifest", DatasetConfig(), seed=0)
+    config = ValidationConfig(min_images=10, min_images_per_split=1)
+    arguments = (tmp_path / "data", tmp_path / "manifest" / "manifest.csv", tmp_path / "validation", config)
+    if refused:
+        with pytest.raises(
+            DataError, match=r"^21 of 81 rows name no file; see .*quarantine\.csv, correct the CSV's im"
+        ):
+            validate(*arguments)
+    else:
+        assert validate(*arguments).quarantined == {"missing": 20, "unknown_label": 30}
+    assert len(pd.read_csv(tmp_path / "validation" / "quarantine.csv")) == n_missing + 30
 
 
 def test_one_class_is_not_enough(tmp_path):
@@ -397,3 +419,25 @@ def test_grey_images_of_16_bits_are_told_apart_and_of_32_bits_refused(tmp_path):
         hashes.append(probe_file(tmp_path / f"{seed}.png", 32, 1000).phash)
         assert "32 bits" in probe_file(tmp_path / f"{seed}.tif", 32, 1000).detail
     assert near_duplicates(hashes, ["a", "b", "c"], 24) == {}
+
+
+def test_grey_images_of_12_bits_in_16_are_told_and_what_loses_nothing_is_kept(tmp_path):
+    def probe(values):
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / "grey.png")
+        return probe_file(tmp_path / "grey.png", 32, 1000)
+
+    grey = np.asarray(picture(0).convert("L")).astype(np.uint16) * 257
+    grey[0, 0] = 65535
+    assert probe(grey).defect is None
+    assert probe(grey >> 3).defect is None
+    dark = probe(grey >> 4)
+    assert (dark.defect, dark.detail) == ("too_dark", "uses 12 of its 16 bits; scale it to the full range")
+    assert probe(grey >> 6).detail == "uses 10 of its 16 bits; scale it to the full range"
+    assert probe(grey >> 15).defect is None  # a mask of two values
+    assert probe_file(tmp_path / "grey.png", 32, 1000).phash
+
+
+def test_a_dark_image_of_16_bits_goes_into_quarantine(tmp_path):
+    grey = Image.fromarray(np.asarray(picture(3000).convert("L")).astype(np.uint16) * 16)
+    report = run(tmp_path, SOUND | {"z-dark.png": ("nv", "z", encode(grey, "PNG"))})
+    assert report.quarantined == {"too_dark": 1}

@@ -17,6 +17,10 @@ from raresynth.dataset.suite import ExpectationResult, derive_columns, run_suite
 from raresynth.errors import DataError
 from raresynth.lineage import Report, new_dir, sha256_file, write_report, write_text
 
+MISSING_SHARE = 0.25
+"""With more of its rows missing, the source is misread rather than incomplete."""
+CURE_OF_MISSING = "correct the CSV's image column or dataset.csv.images_dir"
+
 
 class ValidationReport(Report):
     """What `validate` found, removed and kept."""
@@ -53,8 +57,9 @@ def validate(
         seen: files that shards have decoded already, by path relative to `data_dir`; the others are decoded here.
 
     Raises:
-        DataError: fewer than two classes remain, or the cleaned manifest still breaks a critical expectation, such as
-            a group in two splits. The files are written all the same, to show what is wrong.
+        DataError: fewer than two classes remain, more than a quarter of the source's rows name no file, or the cleaned
+            manifest still breaks a critical expectation, such as a group in two splits. The files are written all the
+            same, to show what is wrong.
     """
     manifest = read_manifest(manifest_path).fillna("")
     probes = _probes(data_dir, manifest, config, seen)
@@ -91,7 +96,7 @@ def validate(
             passed=all(result.cleaned.success for result in results),
         )
         write_report(folder / "report.json", report)
-    _stop_if_unusable(report, cleaned, out_dir)
+    _stop_if_unusable(report, manifest, cleaned, out_dir)
     return report
 
 
@@ -105,18 +110,26 @@ def _probes(data_dir: Path, manifest: pd.DataFrame, config: ValidationConfig, se
     ]
 
 
-def _stop_if_unusable(report: ValidationReport, cleaned: pd.DataFrame, out_dir: Path) -> None:
+def _stop_if_unusable(report: ValidationReport, manifest: pd.DataFrame, cleaned: pd.DataFrame, out_dir: Path) -> None:
+    # Without a label and with bytes, a row is a file that no row of the source names.
+    n_named = int(((manifest["label"] != "") | (manifest["sha256"] == "")).sum())
+    n_missing = report.quarantined.get("missing", 0)
+    missing = n_missing > n_named * MISSING_SHARE
     if len(report.classes) < 2:
         dropped = "; ".join(f"{label}: {reason}" for label, reason in report.dropped_classes.items())
         bad = ", ".join(f"{n} {reason}" for reason, n in report.quarantined.items() if reason != "class_too_small")
-        missing = report.quarantined.get("missing", 0) > report.n_rows / 4
         raise DataError(
             f"{len(report.classes)} usable classes remain of {report.n_rows} rows, and two are needed"
             + (f" (dropped {dropped})" if dropped else "")
             + (f" (quarantined {bad})" if bad else "")
             + f"; see {out_dir / 'quarantine.csv'}, "
-            + ("correct the CSV's image column or dataset.csv.images_dir" if missing else "add images")
+            + (CURE_OF_MISSING if missing else "add images")
             + " or lower validation.min_images in params"
+        )
+    if missing:
+        raise DataError(
+            f"{n_missing} of {n_named} rows name no file; see {out_dir / 'quarantine.csv'}, {CURE_OF_MISSING} in "
+            "params, or take out these rows"
         )
     failed = [item for item in report.expectations if item.severity == "critical" and not item.cleaned.success]
     if failed:

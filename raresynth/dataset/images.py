@@ -42,6 +42,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """Exif orientation -> what makes the image upright."""
+SHA256_DIGITS = 64
+"""Of a hash in a manifest; what has another length is none, and is not compared."""
 
 
 def may_be_image(name: str, at_top: bool) -> bool:
@@ -63,13 +65,18 @@ def decode_image(source: Path | bytes, resolution: int) -> Pixels:
     Raises:
         DataError: the bytes are no image that can be decoded.
     """
+    if isinstance(source, bytes):
+        return _decode(BytesIO(source), "image", resolution)
+    return _decode(source, printable(str(source)), resolution)
+
+
+def _decode(file: Path | BytesIO, name: str, resolution: int) -> Pixels:
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file) as image:
             # JPEG files far larger than needed are decoded at a reduced scale, never below twice the target.
             image.draft("RGB", (2 * resolution, 2 * resolution))
             upright = to_rgb(image)
     except Exception as error:  # a broken file can raise anything in PIL's parsers
-        name = "image" if isinstance(source, bytes) else printable(str(source))
         raise DataError(f"{name} cannot be decoded ({error}); replace or remove it") from error
     side = min(upright.size)
     left, top = (upright.width - side) // 2, (upright.height - side) // 2
@@ -124,12 +131,12 @@ def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir
         uint8 of shape (len(manifest), resolution, resolution, 3); a read-only memory map with `cache_dir`.
 
     Raises:
-        DataError: a file cannot be decoded.
+        DataError: a file cannot be decoded, or is not the one that the manifest lists.
     """
-    paths = [root / path for path in manifest["path"]]
+    paths, hashes = [root / path for path in manifest["path"]], list(manifest["sha256"])
     if cache_dir is None:
-        return _decode_all(paths, resolution, np.empty((len(paths), resolution, resolution, 3), np.uint8))
-    key = hashlib.sha256("\n".join([PREPROCESSING, str(resolution), *manifest["sha256"]]).encode()).hexdigest()[:16]
+        return _decode_all(paths, hashes, resolution, np.empty((len(paths), resolution, resolution, 3), np.uint8))
+    key = hashlib.sha256("\n".join([PREPROCESSING, str(resolution), *hashes]).encode()).hexdigest()[:16]
     packed = cache_dir / f"{resolution}-{key}.npy"
     if not packed.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,7 @@ def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir
         try:
             shape = (len(paths), resolution, resolution, 3)
             out = np.lib.format.open_memmap(name, mode="w+", dtype=np.uint8, shape=shape)
-            _decode_all(paths, resolution, out)
+            _decode_all(paths, hashes, resolution, out)
             out.flush()
             Path(name).replace(packed)
         finally:
@@ -147,12 +154,24 @@ def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir
     return pixels
 
 
-def _decode_all(paths: Sequence[Path], resolution: int, out: Pixels) -> Pixels:
+def _decode_all(paths: Sequence[Path], hashes: Sequence[str], resolution: int, out: Pixels) -> Pixels:
     def one(index: int) -> None:
-        out[index] = decode_image(paths[index], resolution)
+        out[index] = _decode_listed(paths[index], hashes[index], resolution)
 
     # PIL releases the interpreter lock while it decodes and resizes, so threads suffice.
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("read images", len(paths), "images") as advance:
         for _ in pool.map(one, range(len(paths)), chunksize=64):
             advance()
     return out
+
+
+def _decode_listed(path: Path, sha256: str, resolution: int) -> Pixels:
+    """Decode the very bytes that a manifest lists; a folder may change while a run goes on."""
+    name = printable(str(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name} cannot be read ({error.strerror}); put it back, or start the run again") from error
+    if len(sha256) == SHA256_DIGITS and hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{name} was changed after its manifest was written; start the run again")
+    return _decode(BytesIO(content), name, resolution)

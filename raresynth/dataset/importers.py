@@ -5,7 +5,9 @@ columns. What it cannot place it keeps: an image that the metadata does not name
 a file has an empty sha256. `validate` puts both into quarantine, so nothing is silently dropped.
 """
 
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -97,6 +99,8 @@ def build_manifest(
     if not data_dir.is_dir():
         raise DataError(f"the data folder {data_dir} does not exist; name a folder of images")
     source = find_files(data_dir)
+    if not source.images:
+        raise DataError(f"{data_dir} holds no image file; name the folder that holds the images")
     table = _import(source, config)
     rows = _read_files(table.rows, source, seen)
     splits_from_source = "split" in rows
@@ -230,8 +234,26 @@ def _split_folders(source: Source) -> bool:
     return bool(folders) and all(name.lower() in SPLIT_NAMES for name in folders)
 
 
+def _check_split_folders(source: Source) -> None:
+    """Refuse split folders beside others: taken for labels, they would mix the test images into train."""
+    folders = _label_folders(source)
+    splits = [name for name in folders if name.lower() in SPLIT_NAMES]
+    others = [name for name in folders if name not in splits]
+    if len({SPLIT_NAMES[name.lower()] for name in splits}) > 1 and others:
+        raise DataError(
+            f"{source.data_dir} holds the split folders {_listed(splits)} and also {_listed(others)}; "
+            f"move {_listed(others)} out, or rename the folders if they are labels"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """Names as in a sentence: "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
 def import_folders(source: Source, config: DatasetConfig) -> Table:
     """Folders named by label, or train, val and test folders that hold such; every image is its own group."""
+    _check_split_folders(source)
     depth = 1 if _split_folders(source) else 0
     parts = [path.split("/") for path in source.images]
     rows = pd.DataFrame(
@@ -314,7 +336,9 @@ def _read_csv(path: Path, rows: int | None = None) -> pd.DataFrame:
             )
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; name an existing CSV file") from error
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no CSV file in UTF-8 ({error}); save it as UTF-8") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DataError(f"{path} is no CSV file in UTF-8 ({' '.join(str(error).split())}); correct it") from error
     except pd.errors.ParserWarning as error:
         raise DataError(f"{path} has rows of more values than its header names; correct it") from error
@@ -387,17 +411,55 @@ def _ids(names: "pd.Series[str]") -> "pd.Series[str]":
     return stems.where(~stems.duplicated(keep=False) | names.duplicated(keep=False), names)
 
 
+KEYS: tuple[Callable[[str], str], ...] = (
+    str,
+    _without_suffix,
+    lambda path: PurePosixPath(path).name,
+    lambda path: PurePosixPath(path).stem,
+)
+"""What a file may be called in metadata, of its path."""
+
+
+def _folded(name: str) -> str:
+    """A name without its letters' case and Unicode form, in which file systems and tables differ."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _nearly(names: "pd.Series[str]", relative: Mapping[str, str], taken: set[str]) -> dict[str, str]:
+    """The files of names that are `_folded` the same, where that leaves no doubt: one name, and one file.
+
+    Args:
+        names: those that are no file's exactly.
+        relative: files by what they may be called in full.
+        taken: files that another name means exactly.
+    """
+    if names.empty:
+        return {}
+    files: dict[str, set[str]] = {}
+    for path, file in relative.items():
+        for key in KEYS:
+            files.setdefault(_folded(key(path)), set()).add(file)
+    found = {}
+    for name in names.unique():
+        (file, *others) = files.get(_folded(name), {""})
+        if file and not others and file not in taken:
+            found[name] = file
+    n_names = Counter(found.values())
+    return {name: file for name, file in found.items() if n_names[file] == 1}
+
+
 def _locate(rows: pd.DataFrame, images: Iterable[str], below: str = ".", exclude: str = "") -> pd.DataFrame:
     """Find the file of each row's `image`, and add the files that no row names, without a label."""
     files = [path for path in images if path != exclude]
     relative = {PurePosixPath(path).relative_to(below).as_posix(): path for path in files}
     lookup: dict[str, str] = {}
     # An exact path wins over a name; of equal names in two folders the first is taken, the other stays unlabelled.
-    for key in (str, _without_suffix, lambda path: PurePosixPath(path).name, lambda path: PurePosixPath(path).stem):
+    for key in KEYS:
         for path, file in relative.items():
             lookup.setdefault(key(path), file)
     names = rows.pop("image").map(lambda name: PurePosixPath(name.replace("\\", "/")).as_posix())
-    found = names.map(lookup)
+    exact = names.map(lookup)
+    found = names.map(lookup | _nearly(names[exact.isna()], relative, set(exact.dropna())))
     folders = {str(PurePosixPath(path).parent) for path in found.dropna()}
     expected = folders.pop() if len(folders) == 1 else below
     rows.insert(1, "path", found.fillna(names.map(lambda name: PurePosixPath(expected, name).as_posix())))

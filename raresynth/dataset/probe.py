@@ -21,11 +21,15 @@ HASH_SIDE = 16
 DRAFT_SIDE = 64
 """JPEG files are decoded at the smallest scale that is no smaller; the hash looks at 64 x 64 pixels."""
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
+DARK_BITS = 12
+"""Grey images of 16 bits that use no more, as from 12-bit cameras, keep 16 of 256 grey levels when they are decoded."""
+DARK_LEVELS = 16
+"""An image of no more values, such as a mask, loses nothing then."""
 CHUNK = 64
 """Files that a thread takes at a time."""
 
 T = TypeVar("T")
-FileDefect = Literal["missing", "empty", "not_an_image", "truncated", "too_small", "too_large"]
+FileDefect = Literal["missing", "empty", "not_an_image", "truncated", "too_small", "too_large", "too_dark"]
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,19 @@ def _size_defect(width: int, height: int, min_side: int, max_side: int) -> Probe
 
 def _decode(image: Image.Image, path: Path) -> Probe:
     try:
-        return Probe(None, phash=_phash(image))
+        return _dark(image) or Probe(None, phash=_phash(image))
     except Exception as error:  # as above
         return Probe("truncated", str(error).replace(str(path), path.name) or type(error).__name__)
+
+
+def _dark(image: Image.Image) -> Probe | None:
+    if not image.mode.startswith("I;16"):
+        return None
+    grey = np.asarray(image)
+    bits = int(grey.max()).bit_length()
+    if bits > DARK_BITS or len(np.unique(grey)) <= DARK_LEVELS:
+        return None
+    return Probe("too_dark", f"uses {bits} of its 16 bits; scale it to the full range")
 
 
 def _phash(image: Image.Image) -> bytes:

@@ -154,6 +154,7 @@ def _expectations(config: ValidationConfig) -> list[Any]:
         file_is_not(
             "too_small", "too_large", notes=f"sides are from {config.min_side} to {config.max_side} pixels long"
         ),
+        file_is_not("too_dark", notes="a grey image of 16 bits uses more than 12 of them"),
         gxe.ExpectColumnValuesToNotBeNull(column="label", notes="the image has a label", severity="warning"),
         is_one("labels_of_same_bytes", "the same bytes have one label"),
         is_one("rows_with_same_bytes", "no two rows have the same bytes"),

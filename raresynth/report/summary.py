@@ -15,10 +15,36 @@ def summarize(store: Path) -> str:
         CheckpointError: the run in `store` has not been evaluated.
     """
     decisions, evaluation = _read(store / "decisions.json"), _read(store / "evaluation" / "report.json")
-    lines = [f"# {headline(decisions)}", "", *_classes(decisions["classes"]), "", *_arms(evaluation), ""]
+    lines = [
+        f"# {headline(decisions)}",
+        "",
+        *images_used(store),
+        "",
+        *_classes(decisions["classes"]),
+        "",
+        *_arms(evaluation),
+        "",
+    ]
     lines += [*decisions["release"]["reasons"], ""]
     lines += [f"- {name}: {store / place}" for name, place in _PLACES.items() if (store / place).exists()]
     return "\n".join([*lines, *_cost(store / "run.json"), ""])
+
+
+def images_used(store: Path) -> list[str]:
+    """What became of the images and classes that the source names: one line, none before `validate`."""
+    path = store / "validation" / "report.json"
+    if not path.exists():
+        return []
+    validation, manifest = _read(path), _read(store / "manifest" / "report.json")
+    n_rows, n_kept = validation["n_rows"], validation["n_kept"]
+    parts = [f"{n_kept:,} of {n_rows:,} rows used"]
+    if n_kept < n_rows:
+        parts[0] += f", {n_rows - n_kept:,} in quarantine"
+    if dropped := validation["dropped_classes"]:
+        parts.append("classes dropped: " + ", ".join(f"{label} ({reason})" for label, reason in dropped.items()))
+    if empty := manifest["empty_classes"]:
+        parts.append(f"classes without an image: {', '.join(empty)}")
+    return [f"- images: {'; '.join(parts)}"]
 
 
 _PLACES = {"report": "report.html", "decisions": "decisions.json", "bundle": "bundle"}
