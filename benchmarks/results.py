@@ -18,18 +18,18 @@ def main() -> None:
 
 def print_quality(out: Path, classes: dict[str, Any]) -> None:
     """One row a class: figures with their 95 % intervals, and the gate's decision."""
-    print("| class | reals | synthetic | FD ratio | KID ratio | coverage ratio | near copies | decision |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| class | reals | synthetic | FD ratio | KID ratio | coverage ratio | recall ratio | near copies | decision |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for label, entry in classes.items():
         path = out / "quality" / label / "report.json"
         if not path.exists():
-            print(f"| {label} | | | | | | | {entry['decision']}: {entry['reasons'][0]} |")
+            print(f"| {label} | | | | | | | | {entry['decision']}: {entry['reasons'][0]} |")
             continue
         report = json.loads(path.read_text())
         cells = [
             f"{report['n_real']} ({report['real_splits']})",
             f"{report['n_fake']:,}",
-            *(ratio(report[name]) for name in ("fd", "kid", "coverage")),
+            *(ratio(report[name]) for name in ("fd", "kid", "coverage", "recall")),
             f"{100 * report['copying']['near_copy_share']:.1f} %",
             entry["decision"],
         ]
