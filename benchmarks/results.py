@@ -18,7 +18,8 @@ def main() -> None:
 
 def print_quality(out: Path, classes: dict[str, Any]) -> None:
     """One row a class: figures with their 95 % intervals, and the gate's decision."""
-    print("| class | reals | synthetic | FD ratio | KID ratio | coverage ratio | recall ratio | near copies | decision |")
+    names = ("class", "reals", "synthetic", "FD ratio", "KID ratio", "coverage ratio", "recall ratio", "near copies")
+    print(f"| {' | '.join(names)} | decision |")
     print("|---|---|---|---|---|---|---|---|---|")
     for label, entry in classes.items():
         path = out / "quality" / label / "report.json"
