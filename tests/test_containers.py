@@ -25,7 +25,7 @@ RUN = "sample"
 CLASSES = ["dermatofibroma", "vascular"]
 OVERRIDES = {
     "compute": {"checkpoint_every_s": 0.01, "shards": 2},
-    "encoder": {"steps": 40, "width": 8, "batch_size": 32},
+    "encoder": {"steps": 250, "width": 16, "batch_size": 32},
     "gan": {"width": 8, "latent_dim": 16, "snapshots": 2, "batch_size": 16, "pretrain_kimg": 2.0, "finetune_kimg": 0.3},
     "balance": {"policy": "fixed", "count": 32},
     "synthesis": {"typical_share": 1.0, "near_copy_distance": 0.0},

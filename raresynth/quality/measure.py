@@ -211,15 +211,15 @@ class Halves:
     def proportion(self, name: str) -> Proportion:
         estimates = self.estimates(name, f"{name} real")
         low, high = estimates.interval()
-        ratio = estimates.ratio_interval() or (None, None)
+        ratio = estimates.ratio_interval()
         return Proportion(
             value=estimates.first,
             low=max(low, 0.0),
             high=high if name == "density" else min(high, 1.0),
             real_real=estimates.second,
             ratio=estimates.ratio(),
-            ratio_low=ratio[0],
-            ratio_high=ratio[1],
+            ratio_low=max(ratio[0], 0.0) if ratio else None,
+            ratio_high=ratio[1] if ratio else None,
         )
 
 
