@@ -467,7 +467,7 @@ def test_dvc_knows_google_cloud_storage() -> None:
 def approved(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory) -> flow.Run:
     """The tiny run with more training, so that its encoder tells the classes apart, and next to no limits."""
     params = tiny_run.params.model_dump()
-    params["encoder"] |= {"steps": 400, "width": 24}
+    params["encoder"] |= {"steps": 800, "width": 16}
     params["gan"] |= {"pretrain_kimg": 2.0, "finetune_kimg": 0.5}
     params["gate"] |= {
         "fd_ratio": 1e9,
