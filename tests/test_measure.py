@@ -15,6 +15,7 @@ from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
 from raresynth.quality.distances import Estimates
 from raresynth.quality.measure import (
+    Halves,
     compare_halves,
     copying_controls,
     encoder_doubts,
@@ -167,6 +168,15 @@ def test_fakes_that_scatter_less_are_not_flattered_by_the_bias_of_small_samples(
         halves = compare_halves(real, fake, Reals(other, np.arange(300)), np.arange(50), 10, trial)
         excess.append(halves.estimates("fd", "fd other", halves.fd_zeros()).first)
     assert np.mean(excess) == pytest.approx(16 * (1 - scale) ** 2, abs=0.9)
+
+
+def test_a_ratio_of_proportions_is_never_below_0():
+    rng = np.random.default_rng(0)
+    recall = Halves(16, {"recall": rng.uniform(0, 0.2, 50), "recall real": rng.uniform(0.8, 1, 50)}).proportion(
+        "recall"
+    )
+    assert recall.ratio_low == recall.low == 0.0
+    assert recall.ratio_high is not None and recall.ratio_high > 0.1
 
 
 def test_the_copying_check_is_shown_to_work(figures):
