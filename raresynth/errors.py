@@ -1,5 +1,7 @@
 """What can go wrong for a user. Every message says what is wrong, where, and what to do."""
 
+from collections.abc import Sequence
+
 
 class RaresynthError(Exception):
     """An error that a user can cause and cure; shown as one sentence, exit code 2."""
@@ -55,3 +57,8 @@ def describe(error: RaresynthError | OSError) -> str:
         return str(error)
     where = f" {error.filename}" if error.filename else ""
     return f"cannot read or write{where}: {error.strerror or error}; check the path, its permissions and the free space"
+
+
+def enumerate_words(words: Sequence[str]) -> str:
+    """Words joined as in a sentence: "a, b and c"."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part) if words else "none"

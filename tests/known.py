@@ -12,6 +12,16 @@ from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.dataset.sample import draw_class
 
 SIDE = 32
+GENEROUS = {
+    "fd_ratio": 1e9,
+    "kid_ratio": 1e9,
+    "coverage_ratio": 0.0,
+    "recall_ratio": 0.0,
+    "control_correlation": -1.0,
+    "c_t": -1e9,
+    "near_copy_share": 1.0,
+}
+"""Limits of the gate that any figures meet."""
 
 
 def write_synthetic(images: Pixels, label: str, root: Path) -> Path:

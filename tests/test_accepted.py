@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pandas as pd
+from known import GENEROUS
 
 from raresynth import flow
 from raresynth.config import GateConfig
@@ -13,15 +14,7 @@ from raresynth.lineage import read_report, write_report
 from raresynth.quality.accepted import gate
 from raresynth.quality.reports import QualityReport
 
-GENEROUS = GateConfig(
-    fd_ratio=1e9,
-    kid_ratio=1e9,
-    coverage_ratio=0.0,
-    recall_ratio=0.0,
-    control_correlation=-1.0,
-    c_t=-1e9,
-    near_copy_share=1.0,
-)
+NO_LIMITS = GateConfig(**GENEROUS)
 GOOD = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
 
 
@@ -47,7 +40,7 @@ def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_p
         synthetic,
         tiny_run.store,
         tmp_path,
-        GENEROUS,
+        NO_LIMITS,
     )
     assert report.classes[rejected].decision == "rejected"
     assert report.classes["scarce"].decision == "insufficient"
@@ -90,6 +83,6 @@ def test_a_class_called_none_keeps_its_images(tiny_run: flow.Run, tmp_path: Path
     for source, name, file in ((good, "quality", "report.json"), (synthetic[label], "fakes", "manifest.csv")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text((source / file).read_text().replace(label, "None"))
-    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, tmp_path, tmp_path, GENEROUS)
+    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, tmp_path, tmp_path, NO_LIMITS)
     usable = pd.read_csv(tmp_path / "accepted.csv", keep_default_na=False)
     assert set(usable["label"]) == {"None"}

@@ -18,6 +18,15 @@ def test_presets_are_valid(path: Path) -> None:
     assert load_params(path) != Params()
 
 
+def refusal(tmp_path: Path, text: str) -> str:
+    """What is said of params that cannot be used."""
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    return str(caught.value)
+
+
 def test_the_four_presets_are_there() -> None:
     names = {path.stem for path in (ROOT / "params").glob("*.yaml")}
     assert names == {"ham10000-cpu", "ham10000-gpu", "paper", "smoke"}
@@ -45,12 +54,9 @@ def test_the_four_presets_are_there() -> None:
     ],
 )
 def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(text)
-    with pytest.raises(ParamsError) as caught:
-        load_params(path)
-    assert f"{named}:" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = refusal(tmp_path, text)
+    assert f"{named}:" in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(
@@ -71,11 +77,7 @@ def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> N
     ],
 )
 def test_an_unknown_knob_is_told_in_plain_words(tmp_path: Path, text: str, said: str) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(text)
-    with pytest.raises(ParamsError) as caught:
-        load_params(path)
-    assert said in str(caught.value)
+    assert said in refusal(tmp_path, text)
 
 
 def test_a_section_with_all_knobs_commented_out_is_empty(tmp_path: Path) -> None:

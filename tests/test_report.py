@@ -19,14 +19,14 @@ import pytest
 from PIL import Image
 
 from raresynth import flow, lineage
-from raresynth.errors import CheckpointError, DataError
+from raresynth.errors import CheckpointError, DataError, enumerate_words
 from raresynth.quality.controls import Control, EncoderControls
 from raresynth.report.charts import UNIT, Axis, Line, line_chart
 from raresynth.report.findings import Findings, Sources, read_findings
 from raresynth.report.grids import GAP, read_tiles, sheet
 from raresynth.report.page import Pictures, compose, distribution, draw_pictures, quarantine_examples, render
 from raresynth.report.summary import images_used, summarize
-from raresynth.report.words import class_outcomes, counted, enumerate_words, headline
+from raresynth.report.words import class_outcomes, counted, headline
 
 VOID = {"meta", "img", "br"}
 SECTIONS = ["decisions", "images", "gallery", "quality", "classifiers", "predictions", "training", "limits", "lineage"]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from known import GENEROUS
 from ports import free_port
 
 from raresynth import flow
@@ -469,15 +470,7 @@ def approved(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory) -> fl
     params = tiny_run.params.model_dump()
     params["encoder"] |= {"steps": 800, "width": 16}
     params["gan"] |= {"pretrain_kimg": 2.0, "finetune_kimg": 0.5}
-    params["gate"] |= {
-        "fd_ratio": 1e9,
-        "kid_ratio": 1e9,
-        "coverage_ratio": 0.0,
-        "recall_ratio": 0.0,
-        "control_correlation": -1.0,
-        "c_t": -1e9,
-        "near_copy_share": 1.0,
-    }
+    params["gate"] |= GENEROUS
     store = shutil.copytree(tiny_run.store, tmp_path_factory.mktemp("approved") / "store")
     run = flow.Run(tiny_run.data_dir, Path(store), Params.model_validate(params))
     for stage in list(flow.STAGES)[: list(flow.STAGES).index("package") + 1]:

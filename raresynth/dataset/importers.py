@@ -21,7 +21,7 @@ from raresynth.dataset.images import may_be_image, printable
 from raresynth.dataset.manifest import COLUMNS, count_classes, write_manifest
 from raresynth.dataset.probe import NO_FILE, NOTHING_SEEN, Seen, read_facts
 from raresynth.dataset.splits import assign_splits
-from raresynth.errors import DataError
+from raresynth.errors import DataError, enumerate_words
 from raresynth.lineage import Report, new_dir, sha256_file, walk, write_report
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
@@ -241,14 +241,9 @@ def _check_split_folders(source: Source) -> None:
     others = [name for name in folders if name not in splits]
     if len({SPLIT_NAMES[name.lower()] for name in splits}) > 1 and others:
         raise DataError(
-            f"{source.data_dir} holds the split folders {_listed(splits)} and also {_listed(others)}; "
-            f"move {_listed(others)} out, or rename the folders if they are labels"
+            f"{source.data_dir} holds the split folders {enumerate_words(splits)} and also {enumerate_words(others)}; "
+            f"move {enumerate_words(others)} out, or rename the folders if they are labels"
         )
-
-
-def _listed(names: list[str]) -> str:
-    """Names as in a sentence: "a, b and c"."""
-    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def import_folders(source: Source, config: DatasetConfig) -> Table:

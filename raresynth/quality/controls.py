@@ -43,15 +43,15 @@ class EncoderControls(Report):
     pixel_neighbour_accuracy: float
     """The same by raw pixels."""
 
-    def failed(self, least: float) -> list[str]:
-        """By what images are made worse while FD follows with a rank correlation of less than `least`."""
-        named = {
+    @property
+    def named(self) -> dict[str, Control]:
+        """Each control by what makes the images worse, as it is called in sentences."""
+        return {
             "blur": self.blur,
             "noise": self.noise,
             "JPEG compression": self.jpeg,
             "missing modes": self.dropped_modes,
         }
-        return [name for name, control in named.items() if not control.spearman >= least]
 
 
 def check_encoder(

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from raresynth.classifier.evaluation import ArmResult
 from raresynth.config import Params
 from raresynth.dataset.manifest import SPLITS
+from raresynth.errors import enumerate_words
 from raresynth.gan.training import GanReport
 from raresynth.lineage import write_text
 from raresynth.quality.controls import Control
@@ -21,7 +22,7 @@ from raresynth.quality.reports import QualityReport
 from raresynth.report.charts import UNIT, Axis, Line, line_chart
 from raresynth.report.findings import Findings, Sources, read_findings
 from raresynth.report.grids import read_tiles, sheet
-from raresynth.report.words import class_outcomes, counted, enumerate_words, headline
+from raresynth.report.words import class_outcomes, counted, headline
 
 GALLERY_TILES = 12
 GALLERY_COLUMNS = 4
@@ -43,6 +44,12 @@ METRICS = {
     "macro_f1": "macro F1",
     "macro_auc": "macro AUC",
     "calibration_error": "calibration error",
+}
+CONTROL_UNITS = {
+    "blur": "standard deviation in pixels",
+    "noise": "standard deviation in grey levels",
+    "JPEG compression": "100 − quality",
+    "missing modes": "of 8 clusters",
 }
 
 
@@ -321,14 +328,7 @@ def _calibration(findings: Findings, arm: str) -> Line:
 def _controls(findings: Findings) -> list[tuple[str, str, Control]]:
     """Each control of the encoder with its name and the unit of its strengths."""
     controls = findings.encoder.controls
-    if controls is None:
-        return []
-    return [
-        ("blur", "standard deviation in pixels", controls.blur),
-        ("noise", "standard deviation in grey levels", controls.noise),
-        ("JPEG compression", "100 − quality", controls.jpeg),
-        ("missing modes", "of 8 clusters", controls.dropped_modes),
-    ]
+    return [(name, CONTROL_UNITS[name], control) for name, control in (controls.named if controls else {}).items()]
 
 
 def _ratio_axis(quality: Mapping[str, QualityReport]) -> Axis:

@@ -1,7 +1,9 @@
 """What was decided, in plain sentences. Knows neither torch nor pandas, so that a summary is quick."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from raresynth.errors import enumerate_words
 
 ACCEPTED, REJECTED, INSUFFICIENT = "accepted", "rejected", "insufficient"
 
@@ -40,11 +42,6 @@ def class_outcomes(classes: Mapping[str, Mapping[str, Any]]) -> str:
         if labels
     ]
     return f"{counted(len(classes), 'class')} needed synthetic images. Of the generators {enumerate_words(outcomes)}."
-
-
-def enumerate_words(words: Sequence[str]) -> str:
-    """Words joined as in a sentence: "a, b and c"."""
-    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part) if words else "none"
 
 
 def counted(n: int, noun: str) -> str:
