@@ -97,6 +97,19 @@ class Barlow(ResidualGame):
         return F.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
 
+class FreezeD(ResidualGame):
+    """In a branch the discriminator's first blocks, those next to the image, no longer learn (Mo et al. 2020)."""
+
+    BLOCKS = 2
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.finetuning:
+            for block in [self.discriminator.stem, *self.discriminator.blocks][: self.BLOCKS]:
+                block.requires_grad_(False)
+            self.start_optimizers(self.settings.learning_rate)
+
+
 class Row(NamedTuple):
     """What differs from the preset."""
 
@@ -116,7 +129,7 @@ ROWS = {
     "no rare-class sampling": Row({"class_power": 0.0}),
     "non-saturating loss": Row(game=NonSaturating),
     "constant learning rate": Row(game=ConstantRate),
-    "no Freeze-D": Row({"freeze_d": 0}, in_branches=True),
+    "with Freeze-D": Row(game=FreezeD, in_branches=True),
     "with Barlow Twins": Row(game=Barlow, in_branches=True),
 }
 

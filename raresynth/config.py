@@ -130,8 +130,6 @@ class GanConfig(Config):
     batch_size: PositiveCount | None = None
     learning_rate: Positive | None = None
     betas: tuple[Decay, Decay] | None = None
-    freeze_d: Count | None = None
-    """Discriminator blocks frozen while fine-tuning, counted from the image side."""
 
     # raresynth
     gradient_penalty: NotNegative | None = None
@@ -154,6 +152,8 @@ class GanConfig(Config):
     barlow: Literal["pooled", "full"] | None = None
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = None
     noise_std: NotNegative | None = None
+    freeze_d: Count | None = None
+    """Discriminator blocks frozen while fine-tuning, counted from the image side."""
     wrap_batches: bool | None = None
     """Fill a last, short batch from the next epoch; without it the batch stays short."""
     memory_limit_mb: PositiveCount | None = None

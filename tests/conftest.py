@@ -133,7 +133,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name = f"{label}{i}"
             Image.fromarray(pixels).save(folder / f"{name}.png")
             split = ("train", "train", "train", "val", "val", "test")[i // 2 % 6]
-            rows.append((name, f"{name}.png", label, f"{label}-{i // 2}", split, name, 32, 32))
+            digest = lineage.sha256_file(folder / f"{name}.png")
+            rows.append((name, f"{name}.png", label, f"{label}-{i // 2}", split, digest, 32, 32))
     columns = ["image_id", "path", "label", "group", "split", "sha256", "width", "height"]
     manifest = pd.DataFrame(rows, columns=columns)
     write_manifest(folder / "manifest.csv", manifest)

@@ -10,6 +10,7 @@ from PIL import Image
 from raresynth.dataset.images import Pixels, decode_image
 from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.dataset.sample import draw_class
+from raresynth.lineage import sha256_file
 
 SIDE = 32
 GENEROUS = {
@@ -31,8 +32,8 @@ def write_synthetic(images: Pixels, label: str, root: Path) -> Path:
     rows = []
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:06d}.png")
-        path = f"{label}/images/{index:06d}.png"
-        rows.append((f"{label}-{index}", path, label, "none", 0, index, 1.0, path, SIDE, SIDE, 0, 0))
+        path, digest = f"{label}/images/{index:06d}.png", sha256_file(folder / f"{index:06d}.png")
+        rows.append((f"{label}-{index}", path, label, "none", 0, index, 1.0, digest, SIDE, SIDE, 0, 0))
     pd.DataFrame(rows, columns=list(SYNTHETIC_COLUMNS)).to_csv(folder.parent / "manifest.csv", index=False)
     return folder.parent
 

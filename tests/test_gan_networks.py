@@ -59,12 +59,24 @@ def test_equal_seeds_build_equal_networks_and_leave_the_global_generator_alone()
     assert not torch.equal(first.generator.project.weight, other.generator.project.weight)
 
 
+def test_freeze_d_holds_the_blocks_next_to_the_image_in_a_branch_alone():
+    settings = resolve(GanConfig(preset="stgan-lite", resolution=32, width=4, batch_size=4))
+    universal, branch = (SeedPaperGame(settings, 1, 0, "cpu", finetuning) for finetuning in (False, True))
+    assert all(p.requires_grad for p in universal.discriminator.parameters())
+    learns = [all(p.requires_grad for p in block.parameters()) for block in branch.discriminator.blocks]
+    assert learns == [False, False, *[True] * (len(learns) - 2)]
+    before = [p.clone() for p in branch.discriminator.parameters()]
+    branch.step(torch.rand(4, 3, 32, 32) * 2 - 1, torch.zeros(4, dtype=torch.long), Rng(torch.Generator()), 0, 10)
+    for parameter, old in zip(branch.discriminator.parameters(), before, strict=True):
+        assert torch.equal(parameter, old) != parameter.requires_grad
+
+
 def test_presets_fill_what_is_null_and_leave_what_is_set():
     ours, lite, base = (resolve(GanConfig(preset=preset)) for preset in ("raresynth", "stgan-lite", "dcgan-base"))
     assert resolve(GanConfig()) == ours
-    assert (ours.betas, ours.freeze_d) == ((0.0, 0.99), 2)
+    assert (ours.betas, ours.class_power) == ((0.0, 0.99), 0.75)
     assert (lite.generator_conv, lite.discriminator, lite.barlow) == ("depthwise", "patch", "pooled")
-    assert (lite.label_smoothing, lite.noise_std, lite.wrap_batches) == (0.1, 0.05, True)
+    assert (lite.label_smoothing, lite.noise_std, lite.freeze_d, lite.wrap_batches) == (0.1, 0.05, 2, True)
     assert (base.generator_conv, base.discriminator, base.barlow) == ("dense", "scalar", "full")
     assert (base.label_smoothing, base.noise_std, base.freeze_d, base.wrap_batches) == (0.0, 0.0, 0, False)
     assert lite.betas == base.betas == (0.5, 0.999)

@@ -130,16 +130,6 @@ def test_the_rate_falls_to_its_end():
     assert [branch.rate(0.0), branch.rate(1.0)] == pytest.approx([0.4, 0.1])
 
 
-def test_frozen_blocks_stay_and_the_rest_learns():
-    playing = game(finetuning=True, freeze_d=2)
-    stem, last = playing.discriminator.stem.weight.clone(), playing.discriminator.last.weight.clone()
-    playing.step(images(), LABELS, rng(), 0, 10)
-    assert torch.equal(playing.discriminator.stem.weight, stem)
-    assert not torch.equal(playing.discriminator.last.weight, last)
-    assert not any(p.requires_grad for p in playing.discriminator.blocks[0].parameters())
-    assert all(p.requires_grad for p in playing.discriminator.blocks[1].parameters())
-
-
 def test_augmentation_grows_while_the_discriminator_is_too_sure_and_shrinks_again(monkeypatch):
     monkeypatch.setattr(residual_game, "ADAPTATION_KIMG", 0.04)
     playing = game(augmentation_target=0.6)

@@ -42,8 +42,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """Exif orientation -> what makes the image upright."""
-SHA256_DIGITS = 64
-"""Of a hash in a manifest; what has another length is none, and is not compared."""
 
 
 def may_be_image(name: str, at_top: bool) -> bool:
@@ -172,6 +170,6 @@ def _decode_listed(path: Path, sha256: str, resolution: int) -> Pixels:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{name} cannot be read ({error.strerror}); put it back, or start the run again") from error
-    if len(sha256) == SHA256_DIGITS and hashlib.sha256(content).hexdigest() != sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{name} was changed after its manifest was written; start the run again")
     return _decode(BytesIO(content), name, resolution)

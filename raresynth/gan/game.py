@@ -35,8 +35,6 @@ class Game(ABC, Generic[Settings]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             generator, discriminator = self.build(settings, n_classes)
-        if finetuning:
-            discriminator.freeze(settings.freeze_d)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
         self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.start_optimizers(settings.learning_rate)
@@ -53,7 +51,7 @@ class Game(ABC, Generic[Settings]):
     @staticmethod
     @abstractmethod
     def build(settings: Any, n_classes: int) -> tuple[Any, Any]:
-        """Generator and discriminator, initialised; the discriminator has a method freeze(n_blocks)."""
+        """Generator and discriminator, initialised."""
 
     @abstractmethod
     def step(self, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:

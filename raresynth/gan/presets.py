@@ -17,7 +17,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "learning_rate": 5e-4,
         "betas": (0.0, 0.99),
-        "freeze_d": 2,
         "gradient_penalty": 0.1,
         "annealing": (0.1, 0.3),
         "augmentation_target": 0.6,
@@ -69,7 +68,6 @@ class GanSettings(Config):
     ema_half_life_kimg: float
     precision: Literal["fp32", "bf16"]
     augmentation: Literal["none", "paper", "dermoscopy"]
-    freeze_d: int
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -102,6 +100,7 @@ class SeedPaperSettings(GanSettings):
     barlow: Literal["pooled", "full"]
     label_smoothing: float
     noise_std: float
+    freeze_d: int
     wrap_batches: bool
     memory_limit_mb: int
 

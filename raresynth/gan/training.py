@@ -135,7 +135,7 @@ def finetune(
     checkpoint_every_s: float,
     judge: Judge,
 ) -> GanReport:
-    """Stage 2: a generator for one class, from the universal GAN, with Freeze-D.
+    """Stage 2: a generator for one class, from the universal GAN.
 
     Files, resume and arguments as in `pretrain`; `base_dir` is the folder that it left. With preset `raresynth` the
     weights of the best snapshot are kept if it measurably helps, else the universal GAN's; with the other presets

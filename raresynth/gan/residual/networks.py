@@ -182,8 +182,3 @@ class Discriminator(nn.Module):
         variance = x.float().view(-1, self.group, *x.shape[1:]).var(1, correction=0)
         deviation = (variance + 1e-8).sqrt().mean((1, 2, 3)).repeat_interleave(self.group)
         return torch.cat([x, deviation[:, None, None, None].expand(-1, 1, *x.shape[2:]).to(x.dtype)], 1)
-
-    def freeze(self, n_blocks: int) -> None:
-        """Freeze-D: the first blocks, those next to the image, no longer learn (Mo et al. 2020)."""
-        for block in [self.stem, *self.blocks][:n_blocks]:
-            block.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The seed paper's game (section II.C): non-saturating GAN, Barlow Twins on the reals' features in fine-tuning."""
+"""The seed paper's game (section II.C): non-saturating GAN; branches with Freeze-D, and Barlow Twins on reals."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from raresynth.gan.augmentation import changed, symmetric
 from raresynth.gan.game import Game, held, learned
 from raresynth.gan.presets import SeedPaperSettings, check_memory
+from raresynth.gan.ranks import ALONE, Ranks
 from raresynth.gan.rng import Rng
 from raresynth.gan.seed_paper.losses import barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
 from raresynth.gan.seed_paper.networks import Discriminator, Generator, initialise, pooled_features
@@ -19,6 +20,20 @@ class SeedPaperGame(Game[SeedPaperSettings]):
     """
 
     losses = ("d_loss", "barlow", "g_loss")
+
+    def __init__(
+        self,
+        settings: SeedPaperSettings,
+        n_classes: int,
+        seed: int,
+        device: str,
+        finetuning: bool,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        super().__init__(settings, n_classes, seed, device, finetuning, ranks)
+        if finetuning:
+            self.discriminator.freeze(settings.freeze_d)
+            self.start_optimizers(settings.learning_rate)
 
     @staticmethod
     def build(settings: SeedPaperSettings, n_classes: int) -> tuple[nn.Module, Discriminator]:
