@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gan_series import RESOLUTION, Inputs
 from raresynth.config import GanConfig
 from raresynth.gan import training
 from raresynth.gan.residual import game as residual
 from raresynth.gan.residual.game import ResidualGame
+from raresynth.gan.residual.networks import Discriminator
 from raresynth.gan.seed_paper.losses import barlow_twins
 from raresynth.gan.training import GanReport
 from raresynth.lineage import read_report, write_json
@@ -102,12 +103,12 @@ class FreezeD(ResidualGame):
 
     BLOCKS = 2
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def build(self, n_classes: int) -> tuple[nn.Module, Discriminator]:
+        generator, discriminator = super().build(n_classes)
         if self.finetuning:
-            for block in [self.discriminator.stem, *self.discriminator.blocks][: self.BLOCKS]:
+            for block in [discriminator.stem, *discriminator.blocks][: self.BLOCKS]:
                 block.requires_grad_(False)
-            self.start_optimizers(self.settings.learning_rate)
+        return generator, discriminator
 
 
 class Row(NamedTuple):

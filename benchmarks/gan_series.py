@@ -4,14 +4,16 @@
 
 RUN is a finished run at 64 x 64: its validated manifest and its encoder are used. Each of the runs below shows 200,000
 images, the universal GAN's and the six classes' together; it is one task on one thread, and as many as `--tasks` go on
-at once. Started again after an interruption, the series goes on where it was.
+at once. Started again after an interruption, the series goes on where it was; the time of what Ctrl-C ended counts.
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -82,14 +84,32 @@ def train(inputs: Inputs, out: Path, preset: str, knobs: dict[str, Any], seed: i
         place = out / ("universal" if label is None else label)
         if (place / "time.json").exists():  # written last
             continue
-        started = time.process_time()
-        if label is None:
-            pretrain(inputs.data_dir, inputs.manifest, place, *common)
-        else:
-            finetune(inputs.data_dir, inputs.manifest, out / "universal", label, place, *common)
-        # One thread's own time; of an interrupted training it is that of the last part alone.
-        seconds, peak_kb = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        spent = out / f"{place.name}-seconds.json"
+        with added_to(spent):
+            if label is None:
+                pretrain(inputs.data_dir, inputs.manifest, place, *common)
+            else:
+                finetune(inputs.data_dir, inputs.manifest, out / "universal", label, place, *common)
+        seconds, peak_kb = json.loads(spent.read_text()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_json(place / "time.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(peak_kb / 1024)})
+
+
+@contextmanager
+def added_to(path: Path) -> Iterator[None]:
+    """Add this process's CPU time within the block, in seconds, to what the file says, however the block ends."""
+    before, started = json.loads(path.read_text()) if path.exists() else 0.0, time.process_time()
+    try:
+        yield
+    finally:
+        write_json(path, before + time.process_time() - started)
+
+
+def task(*arguments: Any) -> None:
+    """`train`; at Ctrl-C its process ends, since an exception would end this task alone and the pool begin the next."""
+    try:
+        train(*arguments)
+    except KeyboardInterrupt:
+        os._exit(1)
 
 
 def tasks(presets: list[str], seeds: int) -> Iterator[tuple[str, int]]:
@@ -111,11 +131,11 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.tasks, get_context("spawn"), max_tasks_per_child=1) as pool:
         running = {
-            (preset, seed): pool.submit(train, inputs, folder(args.out, preset, seed), preset, PRESETS[preset], seed)
+            (preset, seed): pool.submit(task, inputs, folder(args.out, preset, seed), preset, PRESETS[preset], seed)
             for preset, seed in tasks(args.preset or list(PRESETS), args.seeds)
         }
-        for (preset, seed), task in running.items():
-            task.result()
+        for (preset, seed), training in running.items():
+            training.result()
             print(f"{preset}, seed {seed}: done", flush=True)
 
 

@@ -15,19 +15,17 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raresynth import lineage
 from raresynth.config import Params
 from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages, describe
-from raresynth.processes import leads, limit_threads, only_run_of, prepare_worker, rank_and_world
+from raresynth.processes import in_processes, leads, limit_threads, only_run_of, rank_and_world
 from raresynth.progress import lines_only
 
 if TYPE_CHECKING:
@@ -726,8 +724,7 @@ def execute_all(stage: str, run: Run) -> list[Record]:
     if workers <= 1:
         return [execute(stage, run, item) for item in todo]
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker, (os.getpid(),)) as pool:
-            return list(pool.map(execute, repeat(stage), repeat(run), todo))
+        return in_processes(partial(execute, stage, run), todo, workers)
     except BrokenProcessPool:
         raise RaresynthError(
             f"a process of {stage} was killed, most likely for want of memory; lower compute.parallel_tasks, "

@@ -6,14 +6,47 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeVar
 
 from raresynth.errors import RaresynthError
 
+T = TypeVar("T")
+R = TypeVar("R")
 
-def prepare_worker(parent: int) -> None:
+
+def in_processes(function: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
+    """`function` of every item, in as many processes as there are workers; each of them takes item after item.
+
+    Raises:
+        BrokenProcessPool: one of them was killed; those at work end their item first.
+        Exception: what `function` raised for the first item for which it did.
+    """
+    # A pool a process: a pool of several, one of which is killed while the next is being started, waits for ever in
+    # Python 3.11, because the manager's thread ends those it knows while the main thread adds to them.
+    idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+
+    def call(item: T) -> R:
+        pool = idle.get()
+        try:
+            return pool.submit(function, item).result()
+        finally:
+            idle.put(pool)
+
+    with ExitStack() as pools:
+        for _ in range(workers):
+            pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (os.getpid(),))
+            idle.put(pools.enter_context(pool))
+        with ThreadPoolExecutor(workers) as threads:
+            return list(threads.map(call, items))
+
+
+def _prepare(parent: int) -> None:
     """What a process of a pool does first."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent says what is to be said
     end_with(parent)

@@ -86,7 +86,7 @@ def _truth(shift, d):
 
 
 def test_kernel_intervals_hold_the_truth_as_often_as_they_say(rng):
-    d, inside, ratio_inside, trials = 16, 0, 0, 300
+    d, inside, ratio_inside, difference_inside, trials = 16, 0, 0, 0, 300
     near, far = _truth(0.35, d), _truth(1.0, d)
     for _ in range(trials):
         x, y, z = (
@@ -94,22 +94,25 @@ def test_kernel_intervals_hold_the_truth_as_often_as_they_say(rng):
             rng.normal(size=(100, d)) + 0.35,
             rng.normal(size=(80, d)) + 1.0,
         )
-        estimates = kernel_distances(x, y, z, np.arange(60), np.arange(len(z)))
+        estimates = kernel_distances(x, y, z)
         assert estimates.first == pytest.approx(kernel_distance(x, y), rel=1e-9, abs=1e-12)
         assert estimates.second == pytest.approx(kernel_distance(x, z), rel=1e-9)
         low, high = estimates.interval()
         inside += low <= near <= high
         ratio_low, ratio_high = estimates.ratio_interval()
         ratio_inside += ratio_low <= near / far <= ratio_high
+        difference, error = estimates.difference()
+        difference_inside += abs(difference - (far - near)) <= 1.959964 * error
     assert 0.90 <= inside / trials <= 0.99
     assert 0.90 <= ratio_inside / trials <= 0.99
+    assert 0.90 <= difference_inside / trials <= 0.99
 
 
 def test_images_of_one_group_do_not_count_as_independent(rng):
     x, y, z = rng.normal(size=(40, 8)), rng.normal(size=(900, 8)) + 0.5, rng.normal(size=(900, 8)) + 1
     twice, groups = np.concatenate([x, x]), np.tile(np.arange(40), 2)
-    careless = kernel_distances(twice, y, z, np.arange(80), np.arange(len(z))).covariance[1, 1]
-    careful = kernel_distances(twice, y, z, groups, np.arange(len(z))).covariance[1, 1]
+    careless = kernel_distances(twice, y, z).covariance[1, 1]
+    careful = kernel_distances(twice, y, z, groups).covariance[1, 1]
     assert careful > 1.3 * careless
 
 
@@ -162,14 +165,18 @@ def test_pairs_of_one_group_do_not_bias_kid(rng):
         real, fake = lesions(20, 2), lesions(60, 1)
         careful.append(kernel_distance(real, fake, groups))
         careless.append(kernel_distance(real, fake))
-        estimates = kernel_distances(real, fake, real + 1.0, groups, groups)
+        estimates = kernel_distances(real, fake, real + 1.0, groups, None, groups)
         assert estimates.first == pytest.approx(careful[-1], rel=1e-9, abs=1e-12)
     assert abs(np.mean(careful)) < 3 * np.std(careful) / np.sqrt(200)
     assert np.mean(careless) > 5 * np.std(careless) / np.sqrt(200)
 
 
-def test_groups_of_the_other_class_widen_its_error(rng):
+@pytest.mark.parametrize("place", [0, 1])
+def test_groups_of_a_compared_set_widen_its_error(rng, place):
     x, y, z = rng.normal(size=(900, 8)), rng.normal(size=(900, 8)), np.repeat(rng.normal(size=(30, 8)) + 0.5, 3, 0)
-    careless = kernel_distances(x, y, z, np.arange(900), np.arange(90)).covariance[1, 1]
-    careful = kernel_distances(x, y, z, np.arange(900), np.repeat(np.arange(30), 3)).covariance[1, 1]
-    assert careful > 2 * careless
+    groups = np.repeat(np.arange(30), 3)
+    sets, numbers = ((y, z), (None, groups)) if place else ((z, y), (groups, None))
+    careless = kernel_distances(x, *sets).covariance
+    careful = kernel_distances(x, *sets, None, *numbers).covariance
+    assert careful[place, place] > 2 * careless[place, place]
+    assert careful[1 - place, 1 - place] == pytest.approx(careless[1 - place, 1 - place])

@@ -25,6 +25,7 @@ from raresynth.classifier.statistics import (
     fit_temperature,
     interval,
     softmax,
+    swap_margins,
 )
 from raresynth.classifier.training import ClassifierReport
 from raresynth.config import ClassifierConfig, ReleaseConfig
@@ -167,6 +168,29 @@ class TestBootstrap:
         assert (better_accuracy - base_accuracy).std() < base_accuracy.std() / 2
 
 
+class TestSwapMargins:
+    def test_all_swaps_of_few_groups_by_hand(self):
+        """The first model is right on all ten images, the second on none: a draw differs by |2 k - 10| / 10."""
+        targets, right = np.zeros(10, int), np.tile([0.9, 0.1], (10, 1))
+        alone = swap_margins(targets, right, 1 - right, each_its_own_group(10), 20_000, 0)["accuracy"]
+        assert alone == pytest.approx(0.6)  # P(k in {0, 1, 9, 10}) = 2.1 %, with 2 and 8 10.9 %
+        together = swap_margins(targets, right, 1 - right, np.repeat(["a", "b"], 5), 20_000, 0)["accuracy"]
+        assert together == 1  # two groups that agree are one chance in two
+
+    def test_equal_models_leave_no_margin(self):
+        targets, probabilities = predictions(50, 1.0)
+        margins = swap_margins(targets, probabilities, probabilities, each_its_own_group(50), 100, 0)
+        assert margins == pytest.approx(dict.fromkeys(HEADLINE, 0.0), abs=1e-12)
+
+    def test_pieces_make_no_difference_and_the_seed_decides(self, monkeypatch):
+        (targets, first), (_, second) = predictions(60, 1.0), predictions(60, 1.5, 1)
+        args = (targets, first, second, each_its_own_group(60))
+        whole, other = swap_margins(*args, 500, 0), swap_margins(*args, 500, 1)
+        monkeypatch.setattr("raresynth.classifier.statistics._WEIGHTS_AT_ONCE", 5000)
+        assert swap_margins(*args, 500, 0) == pytest.approx(whole, abs=0.02)
+        assert other != whole
+
+
 class TestTemperature:
     def test_undoes_a_known_scaling(self):
         rng = np.random.default_rng(0)
@@ -192,12 +216,14 @@ class TestTemperature:
         assert fit_temperature(-np.eye(4)[targets], targets) == pytest.approx(20)
 
 
-def decide(synthetic: np.ndarray, real: np.ndarray, targets: np.ndarray, **rule):
-    release = ReleaseConfig(bootstrap_samples=2000, **rule)
+def decide(synthetic: np.ndarray, real: np.ndarray, targets: np.ndarray, samples: int = 2000, **rule):
+    release = ReleaseConfig(bootstrap_samples=samples, **rule)
     arms = {"real+weights": real, "real+synthetic": synthetic}
-    resamples = bootstrap(targets, arms, each_its_own_group(len(targets)), release.bootstrap_samples, 0)
+    groups = each_its_own_group(len(targets))
+    resamples = bootstrap(targets, arms, groups, samples, 0)
     points = {arm: figures(targets, probabilities) for arm, probabilities in arms.items()}
-    differences = paired_differences(points, resamples, "real+weights")
+    margins = swap_margins(targets, synthetic, real, groups, samples, 0)
+    differences = paired_differences(points, resamples, margins, "real+weights")
     return differences, decide_release(differences, "real+weights", release, "")
 
 
@@ -224,6 +250,32 @@ class TestRelease:
         assert differences["balanced_accuracy"].value > 0 >= differences["balanced_accuracy"].low
         assert release.decision == "rejected"
         assert "no gain is shown" in " ".join(release.reasons)
+
+    def test_equal_arms_are_approved_as_rarely_as_the_gate_says_where_classes_are_tiny(self):
+        """Two images each of two classes: resampling alone approves equal arms about twice as often as 2.5 %."""
+        rng = np.random.default_rng(0)
+        targets = np.repeat(np.arange(4), [2, 2, 20, 60])
+        approved = resampled = 0
+        for _ in range(400):
+            synthetic, real = (np.eye(4)[np.where(rng.random(84) < 0.7, targets, (targets + 1) % 4)] for _ in range(2))
+            differences, release = decide(synthetic, real, targets, samples=200)
+            approved += release.decision == "approved"
+            arms = bootstrap(targets, {"a": synthetic, "b": real}, each_its_own_group(84), 200, 0)
+            low, _ = interval(arms["a"].headline["balanced_accuracy"] - arms["b"].headline["balanced_accuracy"])
+            assert differences["balanced_accuracy"].low <= low
+            resampled += low > 0
+        assert approved / 400 <= 0.025 + 2 * np.sqrt(0.025 * 0.975 / 400)
+        assert resampled > approved
+
+    def test_a_gain_as_large_as_chance_alone_may_give_is_not_beyond_it(self):
+        """One class of three images, another of forty that both know: three right against none is one draw in four."""
+        targets = np.repeat([0, 1], [3, 40])
+        known = np.eye(2)[targets]
+        synthetic, real = known.copy(), known.copy()
+        real[:3] = [0, 1]
+        differences, release = decide(synthetic, real, targets)
+        assert (differences["balanced_accuracy"].value, differences["balanced_accuracy"].low) == (0.5, 0.0)
+        assert release.decision == "rejected"
 
     def test_the_rule_comes_from_params(self):
         targets, real = predictions(600, 1.0)

@@ -144,6 +144,7 @@ def _report(
         n_real=100,
         n_fake=500,
         n_compared=50,
+        n_other_compared=50,
         real_splits="val",
         encoder_sha256="0" * 64,
         dimensions=32,

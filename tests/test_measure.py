@@ -13,7 +13,7 @@ from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, read_synthetic, write_manifest
 from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
-from raresynth.quality.distances import Estimates
+from raresynth.quality.distances import Estimates, kernel_distances
 from raresynth.quality.measure import (
     Halves,
     compare_halves,
@@ -23,6 +23,7 @@ from raresynth.quality.measure import (
     kernel_floor,
     measure,
     nearest_other,
+    which_class,
 )
 from raresynth.quality.reals import Reals, held_out_reals
 from raresynth.quality.reports import QualityReport
@@ -138,13 +139,14 @@ def test_halves_share_no_group():
     assert abs(len(first) - len(second)) <= 4
 
 
-def test_standard_errors_of_halves_agree_with_independent_samples():
+@pytest.mark.parametrize("others", [300, 24])
+def test_standard_errors_of_halves_agree_with_independent_samples(others):
     """The scatter of FD over 60 independent samples, against what each sample says of itself."""
     rng = np.random.default_rng(0)
     found, claimed = [], []
     for trial in range(60):
-        real, fake, other = rng.normal(size=(80, 8)), rng.normal(size=(300, 8)) + 0.4, rng.normal(size=(300, 8)) + 1
-        halves = compare_halves(real, fake, Reals(other, np.arange(300)), np.arange(80), 40, trial)
+        real, fake, other = rng.normal(size=(80, 8)), rng.normal(size=(300, 8)) + 0.4, rng.normal(size=(others, 8)) + 1
+        halves = compare_halves(Reals(real, np.arange(80)), fake, Reals(other, np.arange(others)), 40, trial)
         estimates = halves.estimates("fd", "fd other", halves.fd_zeros())
         found.append((estimates.first, estimates.second))
         claimed.append(np.diag(estimates.covariance))
@@ -165,18 +167,33 @@ def test_fakes_that_scatter_less_are_not_flattered_by_the_bias_of_small_samples(
             scale * rng.normal(size=(300, 16)),
             rng.normal(size=(300, 16)) + 1,
         )
-        halves = compare_halves(real, fake, Reals(other, np.arange(300)), np.arange(50), 10, trial)
+        halves = compare_halves(Reals(real, np.arange(50)), fake, Reals(other, np.arange(300)), 10, trial)
         excess.append(halves.estimates("fd", "fd other", halves.fd_zeros()).first)
     assert np.mean(excess) == pytest.approx(16 * (1 - scale) ** 2, abs=0.9)
 
 
 def test_a_ratio_of_proportions_is_never_below_0():
     rng = np.random.default_rng(0)
-    recall = Halves(16, {"recall": rng.uniform(0, 0.2, 50), "recall real": rng.uniform(0.8, 1, 50)}).proportion(
+    recall = Halves(16, 16, {"recall": rng.uniform(0, 0.2, 50), "recall real": rng.uniform(0.8, 1, 50)}).proportion(
         "recall"
     )
     assert recall.ratio_low == recall.low == 0.0
     assert recall.ratio_high is not None and recall.ratio_high > 0.1
+
+
+def test_a_small_other_class_is_no_reason_to_compare_few_fakes():
+    rng = np.random.default_rng(0)
+    real, fake, other = rng.normal(size=(80, 8)), rng.normal(size=(300, 8)), rng.normal(size=(300, 8)) + 1
+    own = Reals(real, np.arange(80))
+    many, few = (compare_halves(own, fake, Reals(other[:n], np.arange(n)), 20, 0) for n in (300, 16))
+    assert (many.size, many.other_size) == (few.size, 40)
+    assert few.other_size == 8
+    for name in ("fd", "fd real", "fd fake", "coverage", "coverage real"):
+        assert few.replicates[name].std() < 1.5 * many.replicates[name].std()
+    # At eight images a side FD's bias is larger than what it is to tell: with zeros at that size it is rid of it.
+    assert few.replicates["fd other"].mean() > many.replicates["fd other"].mean() + 1
+    excess = [halves.estimates("fd", "fd other", halves.fd_zeros()).second for halves in (many, few)]
+    assert excess == pytest.approx([8.0, 8.0], rel=0.3)
 
 
 def test_the_copying_check_is_shown_to_work(figures):
@@ -212,22 +229,22 @@ def test_more_photographs_of_the_same_lesions_do_not_flatter():
     """The very same image four times over, in the reals and in the other class, changes no figure."""
     rng = np.random.default_rng(0)
     real, fake, other = rng.normal(size=(40, 8)), rng.normal(size=(100, 8)) + 0.4, rng.normal(size=(60, 8)) + 1
-    once = compare_halves(real, fake, Reals(other, np.arange(60)), np.arange(40), 10, 0)
+    once = compare_halves(Reals(real, np.arange(40)), fake, Reals(other, np.arange(60)), 10, 0)
     others = Reals(np.repeat(other, 4, axis=0), np.repeat(np.arange(60), 4))
-    often = compare_halves(np.repeat(real, 4, axis=0), fake, others, np.repeat(np.arange(40), 4), 10, 0)
+    often = compare_halves(Reals(np.repeat(real, 4, axis=0), np.repeat(np.arange(40), 4)), fake, others, 10, 0)
     assert once.size == often.size == 20
     for name, values in once.replicates.items():
         assert often.replicates[name] == pytest.approx(values, rel=1e-9), name
     with pytest.raises(TooFewImages, match="of 7 groups"):
-        compare_halves(real, fake, others, np.arange(40) % 7, 10, 0)
+        compare_halves(Reals(real, np.arange(40) % 7), fake, others, 10, 0)
 
 
 def test_a_group_as_large_as_all_others_is_no_half_of_the_kernel_floor():
     real = np.random.default_rng(0).normal(size=(40, 8))
     groups = np.maximum(np.arange(40) - 20, 0)
-    assert np.isfinite(kernel_floor(real, groups, 20, 0))
+    assert np.isfinite(kernel_floor(Reals(real, groups), 20, 0))
     with pytest.raises(TooFewImages, match="one group holds"):
-        kernel_floor(real, np.arange(40) // 20, 20, 0)
+        kernel_floor(Reals(real, np.arange(40) // 20), 20, 0)
 
 
 def test_many_held_out_images_of_few_patients_are_too_few(sample_manifest):
@@ -245,12 +262,50 @@ def test_a_class_that_cannot_be_told_apart_is_no_unit():
     def kid(other: float, error: float) -> Estimates:
         return Estimates(0.1, other, np.diag([0.01, error]) ** 2)
 
-    chosen, note = nearest_other("a", {"b": kid(0.3, 0.4), "c": kid(0.9, 0.1), "d": kid(2.0, 0.1)})
-    assert chosen == "c"
-    assert note is not None
-    assert "do not tell a from b" in note
-    assert nearest_other("a", {"b": kid(0.3, 0.05), "c": kid(0.9, 0.1)}) == ("b", None)
-    assert nearest_other("a", {"b": kid(0.3, 0.4), "c": kid(0.9, 1.0)}) == ("b", None)
+    assert nearest_other({"b": kid(0.3, 0.4), "c": kid(0.9, 0.1), "d": kid(2.0, 0.1)}) == ("c", ["b"])
+    assert nearest_other({"b": kid(0.3, 0.05), "c": kid(0.9, 0.1)}) == ("b", [])
+    assert nearest_other({"b": kid(0.3, 0.4), "c": kid(0.9, 1.0)}) == ("b", [])
+
+
+@pytest.mark.parametrize(("of_b", "least", "most"), [(0.0, 0.4, 1.0), (0.5, 0.0, 0.05), (1.0, 0.0, 0.0)])
+def test_many_fakes_tell_what_few_reals_do_not(of_b, least, most):
+    """Where twelve reals do not tell a from b, fakes of a often do; those of b, or half of each, leave it open."""
+    rng, certain = np.random.default_rng(1), []
+    for _ in range(60):
+        a, b = rng.normal(size=(12, 64)), rng.normal(size=(12, 64)) + 0.3
+        fakes = rng.normal(size=(300, 64)) + np.where(np.arange(300) < 300 * of_b, 0.3, 0.0)[:, None]
+        if kernel_distances(a, fakes, b).ratio() is None:
+            doubts, _ = which_class("a", "c", {"b": kernel_distances(fakes, a, b).difference()})
+            certain.append(not doubts)
+    assert len(certain) > 20
+    assert least <= np.mean(certain) <= most
+
+
+def test_the_sentence_says_what_the_images_show_and_how_surely():
+    assert which_class("a", "c", {"b": (0.77, 0.12)}) == (
+        [],
+        [
+            "So few reals do not tell a from b: distances are held against c. The synthetic images show a and not b: "
+            "their KID to b less that to a is +0.77 (+0.53 to +1.01)."
+        ],
+    )
+    doubts, notes = which_class("a", "c", {"b": (0.77, 0.12), "d": (0.2, 0.4)})
+    assert len(notes) == 1
+    assert doubts == [
+        "So few reals do not tell a from d: distances are held against c. Whether the synthetic images show a or d is "
+        "open: their KID to d less that to a is +0.20 (-0.58 to +0.98)."
+    ]
+
+
+def test_a_class_under_two_names_leaves_open_which_the_images_show(figures, sample_manifest, tmp_path):
+    manifest = read_manifest(sample_manifest)
+    twin = manifest[(manifest["label"] == LABEL) & (manifest["split"] != "test")].index[::2]
+    manifest.loc[twin, "label"] = "twin"
+    write_manifest(tmp_path / "manifest.csv", manifest)
+    report = figures(manifest=tmp_path / "manifest.csv")
+    assert report.kid.other_label != "twin"
+    (doubt,) = report.doubts
+    assert f"Whether the synthetic images show {LABEL} or twin is open" in doubt
 
 
 def test_train_images_of_one_patient_leave_the_class_unmeasured(figures, sample_manifest, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from workers import workers_of
 
 from raresynth import flow, lineage
 from raresynth.config import load_params
@@ -200,23 +201,15 @@ def test_a_killed_process_of_a_stage_is_one_sentence_and_the_stage_goes_on(tiny_
     command = [sys.executable, "-P", "-m", "raresynth.cli", "finetune"]
     command += ["--data", str(tiny_run.data_dir), "--params", str(params), "--out", str(store)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (workers := [pid for pid in children.read_text().split() if is_worker(pid)]):
+    while not (workers := workers_of(process.pid)):
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(int(workers[0]), signal.SIGKILL)
+    workers[0].kill()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in output
     assert "a process of finetune was killed" in output
     subprocess.run(command, check=True, capture_output=True)
     assert_equal_files(store, tiny_run.store)
-
-
-def is_worker(pid: str) -> bool:
-    try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 @pytest.mark.slow

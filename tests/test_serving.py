@@ -64,7 +64,7 @@ def served(accepted_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "max_body_mb": 3,
         "max_megapixels": 2,
         "body_timeout_s": 1,
-        "requests_per_minute": 6000,
+        "requests_per_minute": 1200,
         "burst": BURST,
     }
     with serving(folder / "log", **settings) as service:

@@ -22,6 +22,7 @@ from raresynth.classifier.statistics import (
     figures,
     interval,
     softmax,
+    swap_margins,
 )
 from raresynth.classifier.training import ClassifierReport, predict_logits
 from raresynth.config import ClassifierConfig, ReleaseConfig
@@ -30,6 +31,8 @@ from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
 from raresynth.lineage import Report, read_report, write_report, write_text
 
+SYNTHETIC = "real+synthetic"
+"""The arm that the release gate judges."""
 SAMPLES_PER_CLASS = 4
 _ROC_POINTS = 101
 
@@ -154,11 +157,14 @@ def evaluate(
         else ArmResult(arm=arm, status="skipped", reason=report.reason, val={})
         for arm, report in reports.items()
     ]
-    differences = paired_differences(points, resamples, best_real)
-    skipped = {arm: report.reason for arm, report in reports.items() if report.status == "skipped"}
-    decision = decide_release(
-        differences, best_real, release, skipped.get("real+synthetic", "it is not among the arms")
+    margins = (
+        swap_margins(targets, predictions[SYNTHETIC], predictions[best_real], groups, release.bootstrap_samples, seed)
+        if SYNTHETIC in predictions
+        else {}
     )
+    differences = paired_differences(points, resamples, margins, best_real)
+    skipped = {arm: report.reason for arm, report in reports.items() if report.status == "skipped"}
+    decision = decide_release(differences, best_real, release, skipped.get(SYNTHETIC, "it is not among the arms"))
     report = EvaluationReport(
         labels=labels,
         n_test={label: int((test["label"] == label).sum()) for label in labels},
@@ -188,18 +194,25 @@ def choose_best_real(reports: Mapping[str, ClassifierReport], release: ReleaseCo
 
 
 def paired_differences(
-    points: Mapping[str, Figures], resamples: Mapping[str, Figures], best_real: str
+    points: Mapping[str, Figures], resamples: Mapping[str, Figures], margins: Mapping[str, float], best_real: str
 ) -> dict[str, Estimate]:
-    """real+synthetic minus the best real arm, for each headline figure, both from the same resamples."""
-    if "real+synthetic" not in points:
-        return {}
-    ours, theirs = "real+synthetic", best_real
+    """real+synthetic minus the best real arm, for each headline figure, both from the same resamples.
+
+    Each interval reaches as far as the bootstrap's, and as the margin of random swaps, whichever is farther.
+
+    Args:
+        margins: from `swap_margins`; empty where there is no synthetic arm.
+    """
+    ours, theirs = SYNTHETIC, best_real
     return {
-        metric: _estimate(
-            points[ours].headline[metric] - points[theirs].headline[metric],
-            resamples[ours].headline[metric] - resamples[theirs].headline[metric],
+        metric: _widened(
+            _estimate(
+                points[ours].headline[metric] - points[theirs].headline[metric],
+                resamples[ours].headline[metric] - resamples[theirs].headline[metric],
+            ),
+            margin,
         )
-        for metric in HEADLINE
+        for metric, margin in margins.items()
     }
 
 
@@ -244,7 +257,7 @@ def decide_release(
         reasons = [measured, verdict]
     return ReleaseDecision(
         decision="approved" if approved else "rejected",
-        arm="real+synthetic" if approved else best_real,
+        arm=SYNTHETIC if approved else best_real,
         best_real_arm=best_real,
         metric=release.metric,
         min_difference=release.min_difference,
@@ -263,6 +276,15 @@ def _estimate(value: Floats, resamples: Floats) -> Estimate:
         return Estimate(value=None, low=None, high=None)
     low, high = interval(resamples)
     return Estimate(value=float(value[0]), low=low, high=high)
+
+
+def _widened(estimate: Estimate, margin: float) -> Estimate:
+    """The estimate with an interval that reaches at least `margin` up and down."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return estimate
+    # Rounded, so that a difference as large as its margin is not beyond it by the last bit.
+    low, high = round(estimate.value - margin, 12), round(estimate.value + margin, 12)
+    return Estimate(value=estimate.value, low=min(estimate.low, low), high=max(estimate.high, high))
 
 
 def _result(

@@ -34,7 +34,7 @@ class Game(ABC, Generic[Settings]):
         self.settings, self.finetuning, self.ranks = settings, finetuning, ranks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            generator, discriminator = self.build(settings, n_classes)
+            generator, discriminator = self.build(n_classes)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
         self.generator_ema = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.start_optimizers(settings.learning_rate)
@@ -48,10 +48,9 @@ class Game(ABC, Generic[Settings]):
     def _adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
         return torch.optim.Adam(learned(network), lr=learning_rate, betas=self.settings.betas, fused=True)
 
-    @staticmethod
     @abstractmethod
-    def build(settings: Any, n_classes: int) -> tuple[Any, Any]:
-        """Generator and discriminator, initialised."""
+    def build(self, n_classes: int) -> tuple[Any, Any]:
+        """Generator and discriminator, initialised; what a branch is not to learn is frozen."""
 
     @abstractmethod
     def step(self, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raresynth.dataset.images import Pixels
+from raresynth.quality.distances import Z_95
 
 SIDE = 32
 """Side in pixels of the images that are compared."""
@@ -26,7 +27,6 @@ PAIRS_AT_ONCE = 2**22
 """Distances held at a time: all pairs of a class's images would not fit the memory."""
 Array = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Z_95 = 1.959964
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,14 @@ def kernel_distance(
         first_groups, second_groups: group number of each image; pairs within a group, which are alike because they
             show one lesion, would bias the means within a set and are left out. None: every image is its own.
     """
-    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    return (
-        _Within.of(polynomial_kernel(x, x), np.arange(len(x)) if first_groups is None else first_groups).mean
-        + _Within.of(polynomial_kernel(y, y), np.arange(len(y)) if second_groups is None else second_groups).mean
-        - 2 * float(polynomial_kernel(x, y).mean())
-    )
+    (x, of_x), (y, of_y) = _sample(first, first_groups), _sample(second, second_groups)
+    within = _Within.of(polynomial_kernel(x, x), of_x).mean + _Within.of(polynomial_kernel(y, y), of_y).mean
+    return within - 2 * float(polynomial_kernel(x, y).mean())
+
+
+def _sample(features: npt.ArrayLike, groups: Groups | None) -> tuple[Array, Groups]:
+    x = np.asarray(features, dtype=np.float64)
+    return x, np.arange(len(x)) if groups is None else groups
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Estimates:
         half = Z_95 * float(np.sqrt(self.covariance[0, 0]))
         return self.first - half, self.first + half
 
+    def difference(self) -> tuple[float, float]:
+        """Second - first, and its standard error."""
+        (a, c), (_, b) = self.covariance
+        return self.second - self.first, float(np.sqrt(max(a + b - 2 * c, 0.0)))
+
     def ratio(self) -> float | None:
         """First / second, or None where the second is not clearly above 0."""
         return self.first / self.second if self._denominator() > 0 else None
@@ -123,31 +130,38 @@ class Estimates:
 
 
 def kernel_distances(
-    real: npt.ArrayLike, fake: npt.ArrayLike, other: npt.ArrayLike, real_groups: Groups, other_groups: Groups
+    sample: npt.ArrayLike,
+    first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    sample_groups: Groups | None = None,
+    first_groups: Groups | None = None,
+    second_groups: Groups | None = None,
 ) -> Estimates:
-    """KID(real, fake) and KID(real, other), with the covariance of their errors.
+    """KID(sample, first) and KID(sample, second), with the covariance of their errors.
 
     The covariance is the jackknife's over all three samples; images of one group (lesion, patient) are left out
     together, since they are not independent.
 
     Args:
-        real, fake, other: features (N, D), (M, D), (L, D); other are reals of another class.
-        real_groups, other_groups: group number of each real, 0 to G - 1, G >= 3.
+        sample, first, second: features (N, D), (M, D), (L, D).
+        sample_groups, first_groups, second_groups: group number of each image, 0 to G - 1, G >= 3. None: every image is
+            its own.
     """
-    x, y, z = (np.asarray(part, dtype=np.float64) for part in (real, fake, other))
-    fake_groups = np.arange(len(y))
-    xx = _Within.of(polynomial_kernel(x, x), real_groups)
-    yy = _Within.of(polynomial_kernel(y, y), fake_groups)
-    zz = _Within.of(polynomial_kernel(z, z), other_groups)
+    x, of_x = _sample(sample, sample_groups)
+    y, of_y = _sample(first, first_groups)
+    z, of_z = _sample(second, second_groups)
+    xx = _Within.of(polynomial_kernel(x, x), of_x)
+    yy = _Within.of(polynomial_kernel(y, y), of_y)
+    zz = _Within.of(polynomial_kernel(z, z), of_z)
     xy, xz = polynomial_kernel(x, y), polynomial_kernel(x, z)
-    over_real = xx.means_without - 2 * np.stack([_means_without(xy, real_groups), _means_without(xz, real_groups)])
-    over_fake = yy.means_without - 2 * _means_without(xy.T, fake_groups)
-    over_other = zz.means_without - 2 * _means_without(xz.T, other_groups)
-    covariance = _jackknife_covariance(over_real)
-    covariance[0, 0] += _jackknife_covariance(over_fake[None])[0, 0]
-    covariance[1, 1] += _jackknife_covariance(over_other[None])[0, 0]
-    to_fake, to_other = xx.mean + yy.mean - 2 * float(xy.mean()), xx.mean + zz.mean - 2 * float(xz.mean())
-    return Estimates(to_fake, to_other, covariance)
+    over_sample = xx.means_without - 2 * np.stack([_means_without(xy, of_x), _means_without(xz, of_x)])
+    over_first = yy.means_without - 2 * _means_without(xy.T, of_y)
+    over_second = zz.means_without - 2 * _means_without(xz.T, of_z)
+    covariance = _jackknife_covariance(over_sample)
+    covariance[0, 0] += _jackknife_covariance(over_first[None])[0, 0]
+    covariance[1, 1] += _jackknife_covariance(over_second[None])[0, 0]
+    to_first, to_second = xx.mean + yy.mean - 2 * float(xy.mean()), xx.mean + zz.mean - 2 * float(xz.mean())
+    return Estimates(to_first, to_second, covariance)
 
 
 def _means_without(kernel: Array, groups: Groups) -> Array:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from raresynth.config import GateConfig
 from raresynth.lineage import Report
-from raresynth.quality.copying import Z_95
+from raresynth.quality.distances import Z_95
 from raresynth.quality.reports import Copying, FailedClass, QualityReport
 
 Verdict = Literal["accepted", "rejected", "insufficient"]

@@ -8,8 +8,6 @@ copies train images is found later, by the sieve and by `measure`.
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
 from raresynth.dataset.images import Pixels, load_images, resized
 from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import TooFewImages
@@ -57,10 +55,8 @@ class KidJudge:
             real = self._reals(label)
         except TooFewImages:
             return 0.0, 0.0
-        first, second = self._features(images), self._features(others)
-        kid = kernel_distances(real.features, first, second, real.groups, np.arange(len(second)))
-        (a, c), (_, b) = kid.covariance
-        return kid.second - kid.first, float(np.sqrt(max(a + b - 2 * c, 0.0)))
+        kids = kernel_distances(real.features, self._features(images), self._features(others), real.groups)
+        return kids.difference()
 
     def _read(self, label: str) -> Reals:
         frame = at_most(seen_reals(self._manifest, label), MAX_REALS, self._seed)

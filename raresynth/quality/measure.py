@@ -15,7 +15,7 @@ from raresynth.errors import TooFewImages
 from raresynth.lineage import read_report, write_report
 from raresynth.quality import copying, inception
 from raresynth.quality.controls import jittered
-from raresynth.quality.distances import Estimates, frechet_distance, kernel_distance, kernel_distances
+from raresynth.quality.distances import Z_95, Estimates, frechet_distance, kernel_distance, kernel_distances
 from raresynth.quality.encoder import Encoder, EncoderReport, Features
 from raresynth.quality.neighbours import neighbourhood
 from raresynth.quality.reals import MIN_GROUPS, MIN_REAL, Reals, at_most, group_numbers, held_out_reals
@@ -66,26 +66,18 @@ def measure(
     def features(frame: pd.DataFrame, root: Path) -> Features:
         return encoder.features(load_images(frame, root, encoder.resolution, cache_dir))
 
+    own, drawn = Reals(features(real, data_dir), group_numbers(real)), features(fakes, synthetic_dir.parent)
     others = {
-        str(name): Reals(features(frame, data_dir), group_numbers(frame))
-        for name, every in manifest[manifest["label"] != label].groupby("label")
-        for frame in [at_most(every, config.max_images, seed)]
-        if len(frame) >= MIN_OTHER and frame["group"].nunique() >= MIN_GROUPS
+        name: Reals(features(frame, data_dir), group_numbers(frame))
+        for name, frame in _others(manifest, label, config.max_images, seed).items()
     }
-    if not others:
-        raise TooFewImages(
-            f"no class but {label} has {MIN_OTHER} train and val images of {MIN_GROUPS} groups; add images of another "
-            "to compare with"
-        )
-    real_features, fake_features = features(real, data_dir), features(fakes, synthetic_dir.parent)
-    groups = group_numbers(real)
     kids = {
-        name: kernel_distances(real_features, fake_features, other.features, groups, other.groups)
+        name: kernel_distances(own.features, drawn, other.features, own.groups, None, other.groups)
         for name, other in others.items()
     }
-    other_label, other_doubt = nearest_other(label, kids)
-    kid = kids[other_label]
-    halves = compare_halves(real_features, fake_features, others[other_label], groups, config.real_splits, seed)
+    other_label, untold = nearest_other(kids)
+    class_doubts, class_notes = which_class(label, other_label, _margins(drawn, own, {n: others[n] for n in untold}))
+    halves = compare_halves(own, drawn, others[other_label], config.real_splits, seed)
     unseen = manifest[(manifest["label"] == label) & (manifest["split"] == "val")]
     fid, fid_note = _fid(real, data_dir, fakes, synthetic_dir.parent, config, seed, cache_dir)
     report = QualityReport(
@@ -93,11 +85,12 @@ def measure(
         n_real=len(real),
         n_fake=len(fakes),
         n_compared=halves.size,
+        n_other_compared=halves.other_size,
         real_splits="train+val" if binding else "val",
         encoder_sha256=encoder.sha256,
         dimensions=encoder.dimensions,
         fd=halves.distance(other_label),
-        kid=_kid(kid, kernel_floor(real_features, groups, config.real_splits, seed), other_label),
+        kid=_kid(kids[other_label], kernel_floor(own, config.real_splits, seed), other_label),
         precision=halves.proportion("precision"),
         recall=halves.proportion("recall"),
         density=halves.proportion("density"),
@@ -107,8 +100,8 @@ def measure(
         ),
         binding_copying=binding,
         fid=fid,
-        doubts=[*([other_doubt] if other_doubt else []), *encoder_doubts(encoder_dir, gate.control_correlation)],
-        notes=[note for note in (_binding_note(label, config) if binding else None, fid_note) if note],
+        doubts=[*class_doubts, *encoder_doubts(encoder_dir, gate.control_correlation)],
+        notes=[*class_notes, *(note for note in (_binding_note(label, config) if binding else None, fid_note) if note)],
     )
     write_report(out_dir / "report.json", report)
     return report
@@ -134,6 +127,23 @@ def _train(frame: pd.DataFrame, label: str) -> pd.DataFrame:
     return train
 
 
+def _others(manifest: pd.DataFrame, label: str, limit: int, seed: int) -> dict[str, pd.DataFrame]:
+    """Reals of each other class that has enough of them to compare with."""
+    by_label = manifest[manifest["label"] != label].groupby("label")
+    chosen = {str(name): at_most(frame, limit, seed) for name, frame in by_label}
+    others = {
+        name: frame
+        for name, frame in chosen.items()
+        if len(frame) >= MIN_OTHER and frame["group"].nunique() >= MIN_GROUPS
+    }
+    if not others:
+        raise TooFewImages(
+            f"no class but {label} has {MIN_OTHER} train and val images of {MIN_GROUPS} groups; add images of another "
+            "to compare with"
+        )
+    return others
+
+
 def _binding_note(label: str, config: QualityConfig) -> str:
     return (
         f"Class {label} has held-out images of fewer than {config.min_held_out} groups, so its figures are taken "
@@ -141,21 +151,47 @@ def _binding_note(label: str, config: QualityConfig) -> str:
     )
 
 
-def nearest_other(label: str, kids: Mapping[str, Estimates]) -> tuple[str, str | None]:
-    """The class of least KID to `label` of those clearly apart from it, and a sentence if a nearer one is not.
+def nearest_other(kids: Mapping[str, Estimates]) -> tuple[str, list[str]]:
+    """The class of least KID to the reals of those clearly apart from them, and the nearer ones, which are not.
 
-    A class that these reals cannot tell from `label` gives no unit to measure synthetic images in; nor can it be told
-    then whether these show `label` or that class.
+    A class that these reals cannot tell from their own gives no unit to measure synthetic images in.
+
+    Args:
+        kids: other class -> KID of the reals to the fakes, and to that class.
     """
-    nearest = min(kids, key=lambda name: kids[name].second)
     apart = [name for name in kids if kids[name].ratio() is not None]
     chosen = min(apart or kids, key=lambda name: kids[name].second)
-    if chosen == nearest:
-        return chosen, None
-    return chosen, (
-        f"So few reals do not tell {label} from {nearest}: its distances are held against {chosen}, and whether the "
-        f"synthetic images show {label} or {nearest} is open."
-    )
+    return chosen, sorted(name for name in kids if kids[name].second < kids[chosen].second)
+
+
+def _margins(fakes: Features, real: Reals, others: Mapping[str, Reals]) -> dict[str, tuple[float, float]]:
+    """Other class -> KID of the fakes to it minus that to the reals, and the difference's standard error."""
+    return {
+        name: kernel_distances(fakes, real.features, other.features, None, real.groups, other.groups).difference()
+        for name, other in others.items()
+    }
+
+
+def which_class(label: str, unit: str, margins: Mapping[str, tuple[float, float]]) -> tuple[list[str], list[str]]:
+    """Whether the fakes show `label` and none of the classes that its reals are not told from: doubts and notes.
+
+    Fakes are many, so that they may lie clearly nearer to the one's reals than to the other's where these are too few
+    to lie clearly apart.
+
+    Args:
+        unit: the class that distances are held against.
+        margins: class -> KID of the fakes to it minus that to `label`, and the difference's standard error.
+    """
+    doubts, notes = [], []
+    for name, (difference, error) in margins.items():
+        low, high = difference - Z_95 * error, difference + Z_95 * error
+        shown = f"their KID to {name} less that to {label} is {difference:+.2f} ({low:+.2f} to {high:+.2f})"
+        told = f"So few reals do not tell {label} from {name}: distances are held against {unit}. "
+        if low > 0:
+            notes.append(f"{told}The synthetic images show {label} and not {name}: {shown}.")
+        else:
+            doubts.append(f"{told}Whether the synthetic images show {label} or {name} is open: {shown}.")
+    return doubts, notes
 
 
 def encoder_doubts(encoder_dir: Path, least: float) -> list[str]:
@@ -174,7 +210,7 @@ def encoder_doubts(encoder_dir: Path, least: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Halves:
-    """Figures of random halves of the reals against fakes, other reals and the other half, all at equal size.
+    """Figures of random halves of the reals against fakes, other reals and the other half.
 
     A statistic of random halves scatters about the full sample's as that does about the truth (the delete-half
     jackknife; Shao and Wu 1989), so the replicates' covariance is that of the mean's error. For figures that count
@@ -183,10 +219,12 @@ class Halves:
 
     Attributes:
         size: images a side.
+        other_size: images a side of FD to other reals, and of the floors that this is held against.
         replicates: name -> (K,) values, one a split.
     """
 
     size: int
+    other_size: int
     replicates: Mapping[str, npt.NDArray[np.float64]]
 
     def estimates(self, first: str, second: str, zeros: tuple[float, float] = (0.0, 0.0)) -> Estimates:
@@ -201,8 +239,9 @@ class Halves:
         halves of the other. Fakes that scatter less than the reals, the common fault of GANs, have less of it, and the
         reals' own floor alone would flatter them: at half the reals' standard deviation as far as below 0.
         """
-        real, fake, other = (float(self.replicates[name].mean()) for name in ("fd real", "fd fake", "fd other floor"))
-        return (real + fake) / 2, (real + other) / 2
+        names = (("fd real", "fd fake"), ("fd real of other size", "fd other floor"))
+        fake, other = (float(np.mean([self.replicates[floor] for floor in floors])) for floors in names)
+        return fake, other
 
     def distance(self, other_label: str) -> Distance:
         zeros = self.fd_zeros()
@@ -261,30 +300,29 @@ def grouped_halves(
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
 
 
-def compare_halves(
-    real: Features, fake: Features, other: Reals, groups: npt.NDArray[np.int64], splits: int, seed: int
-) -> Halves:
-    """Compare random halves of the reals with as many fakes, other reals, and reals of the other half.
+def compare_halves(real: Reals, fake: Features, other: Reals, splits: int, seed: int) -> Halves:
+    """Compare random halves of the reals with as many fakes and reals of the other half, and with other reals.
 
     Of each group one random image takes part in a split: images of one lesion or patient are alike, so that two halves
     with several of each would lie farther apart, and be reached less, than as many independent images; held against
     that floor, fakes, which are independent, would look too good.
 
     The fakes' part of each comparison is a random half of them, cut into up to four subsets whose figures are averaged.
-    FD is also taken between the halves of the fakes, and of the other reals: `Halves.fd_zeros`.
+    FD is also taken between the halves of the fakes, and of the other reals: `Halves.fd_zeros`. Where other reals are
+    fewer, FD to them alone, and its floors, are of fewer images.
 
     Args:
-        real, fake: features (N, D), (M, D).
-        groups: group number of each real, 0 to G - 1.
+        fake: features (M, D).
 
     Raises:
         TooFewImages: the reals have fewer than 8 groups.
     """
     rng, chooser, floors = (np.random.default_rng([seed, number]) for number in (1, 4, 5))
-    sides = [np.arange(n) for n in (groups.max() + 1, len(fake), other.groups.max() + 1)]
+    sides = [np.arange(n) for n in (real.groups.max() + 1, len(fake), other.groups.max() + 1)]
     pairs = [grouped_halves(sides[0], rng) for _ in range(splits)]
     halves = [(grouped_halves(sides[1], rng), grouped_halves(sides[2], rng)) for _ in range(splits)]
-    size = min(len(half) for split in (*pairs, *(pair for both in halves for pair in both)) for half in split)
+    size = min(len(half) for reals, (fakes, _) in zip(pairs, halves, strict=True) for half in (*reals, *fakes))
+    other_size = min(size, *(len(half) for _, others in halves for half in others))
     if len(sides[0]) < MIN_GROUPS:
         raise TooFewImages(
             f"the reals are of {len(sides[0])} groups, and comparing halves of them needs {MIN_GROUPS}; "
@@ -292,27 +330,38 @@ def compare_halves(
         )
     rows: dict[str, list[float]] = {}
     for (first, second), (of_fake, of_other) in zip(pairs, halves, strict=True):
-        chosen, others = real[one_of_each(groups, chooser)], other.features[one_of_each(other.groups, chooser)]
+        chosen, others = one_of_each(real, chooser), one_of_each(other, chooser)
         a, b = chosen[rng.permutation(first)[:size]], chosen[rng.permutation(second)[:size]]
-        row = _compare(a, b, " real")
-        kinds = ((fake, of_fake, "", "fd fake"), (others, of_other, " other", "fd other floor"))
-        for sample, (half, rest), suffix, floor in kinds:
-            shuffled = rng.permutation(half)
-            row[floor] = frechet_distance(sample[shuffled[:size]], sample[floors.permutation(rest)[:size]])
-            parts = [
-                _compare(a, sample[shuffled[i * size : (i + 1) * size]], suffix)
-                for i in range(min(PARTS, len(half) // size))
-            ]
-            row |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+        fakes, rest_of_fakes = fake[rng.permutation(of_fake[0])], fake[floors.permutation(of_fake[1])]
+        shown, rest_of_shown = others[rng.permutation(of_other[0])], others[floors.permutation(of_other[1])]
+        row = _compare(a, b, " real") | _mean([_compare(a, part, "") for part in _parts(fakes, size)])
+        row["fd fake"] = frechet_distance(fakes[:size], rest_of_fakes[:size])
+        smaller = list(zip(_parts(a, other_size), _parts(b, other_size), strict=True))
+        row["fd real of other size"] = _mean_fd(smaller)
+        row["fd other"] = _mean_fd([(of_a, part) for of_a, _ in smaller for part in _parts(shown, other_size)])
+        row["fd other floor"] = frechet_distance(shown[:other_size], rest_of_shown[:other_size])
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
-    return Halves(size, {name: np.asarray(values) for name, values in rows.items()})
+    return Halves(size, other_size, {name: np.asarray(values) for name, values in rows.items()})
 
 
-def one_of_each(groups: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Index (G,) of a random image of each group, in the order of their numbers."""
-    shuffled = rng.permutation(len(groups))
-    return np.asarray(shuffled[np.unique(groups[shuffled], return_index=True)[1]])
+def _parts(sample: Features, size: int) -> list[Features]:
+    """Up to four disjoint subsets of `size`."""
+    return [sample[i * size : (i + 1) * size] for i in range(min(PARTS, len(sample) // size))]
+
+
+def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+
+
+def _mean_fd(pairs: list[tuple[Features, Features]]) -> float:
+    return float(np.mean([frechet_distance(first, second) for first, second in pairs]))
+
+
+def one_of_each(reals: Reals, rng: np.random.Generator) -> Features:
+    """Features (G, D) of a random image of each group, in the order of their numbers."""
+    shuffled = rng.permutation(len(reals.groups))
+    return reals.features[shuffled[np.unique(reals.groups[shuffled], return_index=True)[1]]]
 
 
 def _compare(real: Features, fake: Features, suffix: str) -> dict[str, float]:
@@ -320,18 +369,19 @@ def _compare(real: Features, fake: Features, suffix: str) -> dict[str, float]:
     return {f"{name}{suffix}": value for name, value in figures.items()}
 
 
-def kernel_floor(real: Features, groups: npt.NDArray[np.int64], splits: int, seed: int) -> float:
+def kernel_floor(real: Reals, splits: int, seed: int) -> float:
     """Mean KID between random halves of the reals, split by group.
 
     Raises:
         TooFewImages: one group is so large that it is a half by itself in every split; KID needs pairs of groups.
     """
     rng = np.random.default_rng([seed, 2])
-    pairs = [grouped_halves(groups, rng) for _ in range(splits)]
-    pairs = [(a, b) for a, b in pairs if min(len(np.unique(groups[half])) for half in (a, b)) > 1]
+    pairs = [grouped_halves(real.groups, rng) for _ in range(splits)]
+    pairs = [(a, b) for a, b in pairs if min(len(np.unique(real.groups[half])) for half in (a, b)) > 1]
     if not pairs:
         raise TooFewImages("one group holds half of the reals or more; add images of other groups")
-    return float(np.mean([kernel_distance(real[a], real[b], groups[a], groups[b]) for a, b in pairs]))
+    x, groups = real.features, real.groups
+    return float(np.mean([kernel_distance(x[a], x[b], groups[a], groups[b]) for a, b in pairs]))
 
 
 def _fid(

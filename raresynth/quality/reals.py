@@ -26,8 +26,7 @@ def held_out_reals(manifest: pd.DataFrame, label: str, min_held_out: int) -> tup
     """Rows of the class's val images, or of train + val where these are too few; whether so.
 
     Too few are images of fewer than `min_held_out` groups (FD and coverage take one image of each), or fewer than 12
-    images or 8 groups. Train images please a generator that copies, so that
-    the copying check then binds.
+    images or 8 groups. Train images please a generator that copies, so that the copying check then binds.
 
     Raises:
         TooFewImages: there are fewer than 12 images or 8 groups.

@@ -21,6 +21,7 @@ class Distance(Report):
     other_value: float
     """The same distance from the class's reals to those of the nearest class that is clearly apart from it."""
     other_zero: float
+    """What `other_value` would be at its number of images if nothing differed."""
     ratio: float | None
     """(value - zero) / (other_value - other_zero): 0 is as good as reals, 1 is as far off as another class. None where
     the other class cannot be told from this one."""
@@ -110,6 +111,8 @@ class QualityReport(Report):
     n_fake: int
     n_compared: int
     """Images a side of FD, precision, recall, density and coverage: these depend on it."""
+    n_other_compared: int
+    """Images a side of FD to the nearest other class; fewer where that class has fewer."""
     real_splits: Literal["val", "train+val"]
     encoder_sha256: str
     dimensions: int

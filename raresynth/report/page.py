@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from raresynth.classifier.evaluation import ArmResult
+from raresynth.classifier.evaluation import SYNTHETIC, ArmResult
 from raresynth.config import Params
 from raresynth.dataset.manifest import SPLITS
 from raresynth.errors import enumerate_words
@@ -214,7 +214,8 @@ def notes(findings: Findings) -> Iterator[str]:
     yield (
         "The test split was used once, after every choice had been made on val. Intervals are 95 % bootstrap intervals "
         f"over {counted(evaluation.n_groups, 'group')} of test images"
-        f"{' (lesions or patients)' if findings.has_groups else ''}, {evaluation.bootstrap_samples:,} resamples."
+        f"{' (lesions or patients)' if findings.has_groups else ''}, {evaluation.bootstrap_samples:,} resamples; "
+        "that of a difference between two arms is at least as wide as what swapping their predictions at random gives."
     )
     if not findings.has_groups:
         yield (
@@ -294,7 +295,7 @@ def _arm_charts(findings: Findings) -> list[Markup]:
 
 def _compared(trained: Mapping[str, ArmResult], release: Mapping[str, Any]) -> list[ArmResult]:
     """The best real arm and, where it was trained, real+synthetic."""
-    return [trained[arm] for arm in (release["best_real_arm"], "real+synthetic") if arm in trained]
+    return [trained[arm] for arm in (release["best_real_arm"], SYNTHETIC) if arm in trained]
 
 
 def _roc_chart(result: ArmResult) -> Markup:

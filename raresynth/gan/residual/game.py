@@ -38,8 +38,8 @@ class ResidualGame(Game[ResidualSettings]):
         self._confidence = torch.zeros(2, device=device)
         """Sum of the sign of real minus fake logits since the last adaptation, and of how many pairs."""
 
-    @staticmethod
-    def build(settings: ResidualSettings, n_classes: int) -> tuple[nn.Module, Discriminator]:
+    def build(self, n_classes: int) -> tuple[nn.Module, Discriminator]:
+        settings = self.settings
         # Channels last: convolutions are faster so, on a CPU in bf16 as on tensor cores.
         generator = Generator(settings.resolution, settings.latent_dim, settings.width, n_classes)
         discriminator = Discriminator(settings.resolution, settings.width, n_classes, settings.deviation_group)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from raresynth.gan.augmentation import changed, symmetric
 from raresynth.gan.game import Game, held, learned
 from raresynth.gan.presets import SeedPaperSettings, check_memory
-from raresynth.gan.ranks import ALONE, Ranks
 from raresynth.gan.rng import Rng
 from raresynth.gan.seed_paper.losses import barlow_twins, barlow_twins_full, discriminator_loss, generator_loss
 from raresynth.gan.seed_paper.networks import Discriminator, Generator, initialise, pooled_features
@@ -21,27 +20,15 @@ class SeedPaperGame(Game[SeedPaperSettings]):
 
     losses = ("d_loss", "barlow", "g_loss")
 
-    def __init__(
-        self,
-        settings: SeedPaperSettings,
-        n_classes: int,
-        seed: int,
-        device: str,
-        finetuning: bool,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        super().__init__(settings, n_classes, seed, device, finetuning, ranks)
-        if finetuning:
-            self.discriminator.freeze(settings.freeze_d)
-            self.start_optimizers(settings.learning_rate)
-
-    @staticmethod
-    def build(settings: SeedPaperSettings, n_classes: int) -> tuple[nn.Module, Discriminator]:
+    def build(self, n_classes: int) -> tuple[nn.Module, Discriminator]:
+        settings = self.settings
         generator = Generator(settings.resolution, settings.latent_dim, settings.width, settings.generator_conv)
         discriminator = Discriminator(settings.resolution, settings.width, settings.discriminator)
         check_memory(settings, discriminator.features)
         initialise(generator)
         initialise(discriminator)
+        if self.finetuning:
+            discriminator.freeze(settings.freeze_d)
         return generator, discriminator
 
     def step(self, real: Tensor, labels: Tensor, rng: Rng, step: int, steps: int) -> Tensor:
