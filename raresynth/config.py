@@ -22,6 +22,9 @@ Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Resolution = Literal[32, 64, 128, 256]
+Symmetries = Literal["all", "mirror", "none"]
+"""What may be done to an image that leaves it as likely: the eight flips and quarter turns, mirroring left and right
+alone, or nothing."""
 Cores = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?m?$")]
 """A Kubernetes quantity of CPU, such as 500m or 2."""
 Bytes = Annotated[str, Field(pattern=r"^[0-9]+(Ki|[MGT]i?)?$")]
@@ -81,6 +84,8 @@ class DatasetConfig(Config):
     csv: CsvColumns | None = None
     """Needed by layout `csv` only."""
     splits: SplitShares = SplitShares()
+    symmetries: Literal["auto"] | Symmetries = "auto"
+    """Whether the images have an up and a left, for all trainings; auto: `validate` looks (dataset/symmetries.py)."""
 
     @model_validator(mode="after")
     def _csv_named(self) -> "DatasetConfig":
@@ -124,7 +129,7 @@ class GanConfig(Config):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of the networks' arithmetic; losses, penalties and weights are always fp32."""
     augmentation: Literal["none", "paper", "dermoscopy"] = "dermoscopy"
-    """What the discriminator sees images through: the seed paper's policy, or one with quarter turns and shifts."""
+    """What the discriminator sees images through: the seed paper's policy, or one with shifts instead of rotations."""
     width: PositiveCount | None = None
     """Channels of the widest-resolution layer; deeper layers double it, up to 8 times."""
     batch_size: PositiveCount | None = None

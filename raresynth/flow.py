@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raresynth import lineage
-from raresynth.config import Params
+from raresynth.config import Params, Symmetries
 from raresynth.errors import CheckpointError, ParamsError, RaresynthError, TooFewImages, describe
 from raresynth.processes import in_processes, leads, limit_threads, only_run_of, rank_and_world
 from raresynth.progress import lines_only
@@ -109,6 +109,13 @@ class Task:
         return self.path("validate") / "manifest.csv"
 
     @property
+    def symmetries(self) -> Symmetries:
+        """What trainings may do to the images."""
+        from raresynth.dataset.symmetries import read_symmetries
+
+        return read_symmetries(self.path("validate")).symmetries
+
+    @property
     def device(self) -> str:
         """Where tensors live: "cpu" or "cuda"."""
         return device(self.run.params)
@@ -150,7 +157,8 @@ def _validate(task: Task) -> Outcome:
     _named_files(params, ("classifier", "quality"))
     check_ranks(resolve(params.gan), params.compute.ranks)
     manifest = task.path("build-manifest") / "manifest.csv"
-    validate(task.run.data_dir, manifest, task.out_dir, params.validation, _seen(task.run, task.needs))
+    seen = _seen(task.run, task.needs)
+    validate(task.run.data_dir, manifest, task.out_dir, params.validation, seen, params.dataset.symmetries)
     return DONE
 
 
@@ -167,7 +175,8 @@ def _train_encoder(task: Task) -> Outcome:
 
     run, device = task.run, task.device
     check_model(run.params.classifier.model)  # better now than after hours of training
-    train_encoder(run.data_dir, task.manifest, task.out_dir, run.params.encoder, run.params.seed, device, run.packed)
+    config, seed = run.params.encoder, run.params.seed
+    train_encoder(run.data_dir, task.manifest, task.out_dir, config, seed, device, run.packed, task.symmetries)
     return DONE
 
 
@@ -191,6 +200,7 @@ def _pretrain(task: Task) -> Outcome:
             run.params.compute.checkpoint_every_s,
             _judge(task),
             ranks,
+            task.symmetries,
         )
     return DONE if report.status == "trained" else ("failed", f"universal generator: {report.reason or report.status}")
 
@@ -211,6 +221,7 @@ def _finetune(task: Task) -> Outcome:
         run.packed,
         run.params.compute.checkpoint_every_s,
         _judge(task),
+        task.symmetries,
     )
     return DONE if report.status == "trained" else ("failed", report.reason or report.status)
 
@@ -348,6 +359,7 @@ def _train_classifier(task: Task) -> Outcome:
         task.device,
         run.packed,
         run.params.compute.checkpoint_every_s,
+        task.symmetries,
     )
     return DONE if report.status == "trained" else ("skipped", report.reason)
 
@@ -490,7 +502,7 @@ STAGES: dict[str, Stage] = {
     "build-manifest": Stage(
         _build_manifest, ("probe",), ("seed", "dataset"), ("dataset",), "manifest", source=_md5_of_folder
     ),
-    "validate": Stage(_validate, ("probe", "build-manifest"), ("validation",), ("dataset",), "validation"),
+    "validate": Stage(_validate, ("probe", "build-manifest"), ("validation", "dataset"), ("dataset",), "validation"),
     "train-encoder": Stage(
         _train_encoder,
         ("validate",),

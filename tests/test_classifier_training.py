@@ -90,7 +90,7 @@ class TestAugmentation:
 
     @pytest.mark.parametrize("augment", [augmentation.ordinary, augmentation.strong])
     def test_is_a_function_of_the_generator_and_keeps_range_and_shape(self, augment):
-        first, again, other = (augment(self.images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        first, again, other = (augment(self.images, "all", torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         assert first.shape == self.images.shape
@@ -98,8 +98,8 @@ class TestAugmentation:
 
     def test_ordinary_keeps_a_flat_image_and_strong_does_not(self):
         flat = torch.full((64, 3, 32, 32), 0.3)
-        assert torch.allclose(augmentation.ordinary(flat, torch.Generator().manual_seed(0)), flat, atol=1e-6)
-        changed = augmentation.strong(flat, torch.Generator().manual_seed(0))
+        assert torch.allclose(augmentation.ordinary(flat, "all", torch.Generator().manual_seed(0)), flat, atol=1e-6)
+        changed = augmentation.strong(flat, "all", torch.Generator().manual_seed(0))
         erased = (changed == 0).all(1).flatten(1).any(1).float().mean()
         assert 0.2 < erased < 0.8
         assert changed.std() > 0.05
@@ -107,11 +107,21 @@ class TestAugmentation:
     def test_without_crop_ordinary_is_one_of_the_eight_flips_and_turns(self):
         turns = torch.arange(4) * (torch.pi / 2)
         warped = augmentation._warp(
-            self.images[:4], turns, smallest_crop=1.0, generator=torch.Generator().manual_seed(3)
+            self.images[:4], turns, "all", smallest_crop=1.0, generator=torch.Generator().manual_seed(3)
         )
         for image, result in zip(self.images, warped, strict=False):
             symmetries = [torch.rot90(flipped, k, (1, 2)) for flipped in (image, image.flip(2)) for k in range(4)]
             assert sum(torch.allclose(result, symmetry, atol=1e-4) for symmetry in symmetries) == 1
+
+    @pytest.mark.parametrize("augment", [augmentation.ordinary, augmentation.strong])
+    @pytest.mark.parametrize(("symmetries", "mirrored"), [("mirror", {False, True}), ("none", {False})])
+    def test_images_with_an_up_keep_it(self, augment, symmetries, mirrored):
+        down, across = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+        image = torch.stack([down, across, down * 0])
+        views = augment(image.repeat(64, 1, 1, 1), symmetries, torch.Generator().manual_seed(0))
+        top, left = views[:, 0, :12].mean((1, 2)), views[:, 1, :, :12].mean((1, 2))
+        assert (top < views[:, 0, -12:].mean((1, 2))).all()
+        assert set((left > views[:, 1, :, -12:].mean((1, 2))).tolist()) == mirrored
 
     def test_mixup_is_convex_and_mixes_targets_as_it_mixes_images(self):
         flat = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)

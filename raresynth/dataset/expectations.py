@@ -6,14 +6,16 @@ one, which must pass. Equal manifests and images leave equal bytes, the Data Doc
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
-from raresynth.config import ValidationConfig
+from raresynth.config import Symmetries, ValidationConfig
 from raresynth.dataset.manifest import count_classes, read_manifest, write_manifest
 from raresynth.dataset.probe import MISSING, NOTHING_SEEN, Probe, Seen, probe_files
 from raresynth.dataset.quarantine import COLUMNS, find_defects, find_small_classes
 from raresynth.dataset.suite import ExpectationResult, derive_columns, run_suite
+from raresynth.dataset.symmetries import FILE, find_symmetries
 from raresynth.errors import DataError
 from raresynth.lineage import Report, new_dir, sha256_file, write_report, write_text
 
@@ -47,14 +49,18 @@ def validate(
     out_dir: Path,
     config: ValidationConfig,
     seen: Mapping[str, Seen] = NOTHING_SEEN,
+    symmetries: Literal["auto"] | Symmetries = "auto",
 ) -> ValidationReport:
     """Check a manifest and the files it names; write manifest.csv (cleaned), quarantine.csv, report.json, data_docs/.
+
+    Beside them, in symmetries.json, stands which flips and turns trainings may use.
 
     Bad rows and the rows of classes that are too small go to quarantine.csv with a reason (see
     `quarantine.find_defects`; `class_too_small` besides).
 
     Args:
         seen: files that shards have decoded already, by path relative to `data_dir`; the others are decoded here.
+        symmetries: those of the images; "auto" to find them in the train images.
 
     Raises:
         DataError: fewer than two classes remain, more than a quarter of the source's rows name no file, or the cleaned
@@ -96,6 +102,9 @@ def validate(
             passed=all(result.cleaned.success for result in results),
         )
         write_report(folder / "report.json", report)
+        train = cleaned[cleaned["split"] == "train"]
+        hashes = [probes[row].phash for row in train.index]
+        write_report(folder / FILE, find_symmetries(hashes, list(train["group"]), symmetries))
     _stop_if_unusable(report, manifest, cleaned, out_dir)
     return report
 

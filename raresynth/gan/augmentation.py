@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raresynth.config import Symmetries
 from raresynth.gan.rng import Rng
 
 
@@ -21,7 +22,7 @@ class Policy:
     """Which symmetries there are, and the ranges of the changes; one random draw an image."""
 
     quarter_turns: bool
-    """Turn by 0, 90, 180 or 270 degrees besides the horizontal flip: right for images without an up."""
+    """Turn images without an up by 0, 90, 180 or 270 degrees besides the horizontal flip."""
     rotation: float
     """Largest rotation either way, degrees."""
     shift: float
@@ -50,12 +51,20 @@ def _colours(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return grey.to(device), cross.to(device)
 
 
-def symmetric(images: Tensor, policy: str, rng: Rng) -> Tensor:
-    """A random one of each real image's mirror images (and quarter turns); exact; `images` (N, 3, R, R)."""
-    if policy == "none":
+def symmetric(images: Tensor, policy: str, symmetries: Symmetries, rng: Rng) -> Tensor:
+    """A random one of each real image's mirror images (and quarter turns); exact.
+
+    Args:
+        images: (N, 3, R, R).
+        policy: a name in `POLICIES`, or "none".
+        symmetries: those that the images have; no others are made use of.
+        rng: on the images' device.
+    """
+    if policy == "none" or symmetries == "none":
         return images
     images = _some(images, images.flip(3), rng)
-    if POLICIES[policy].quarter_turns:  # with the other flip and the transpose: all eight symmetries of the square
+    if POLICIES[policy].quarter_turns and symmetries == "all":
+        # With the other flip and the transpose: all eight symmetries of the square.
         images = _some(images, images.flip(2), rng)
         images = _some(images, images.transpose(2, 3), rng)
     return images

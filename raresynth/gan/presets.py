@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from raresynth.config import Config, GanConfig
+from raresynth.config import Config, GanConfig, Symmetries
 from raresynth.errors import MemoryLimitError, ParamsError
 
 _SEED_PAPER: dict[str, Any] = {"width": 24, "batch_size": 16, "learning_rate": 2e-4, "betas": (0.5, 0.999)}
@@ -68,6 +68,8 @@ class GanSettings(Config):
     ema_half_life_kimg: float
     precision: Literal["fp32", "bf16"]
     augmentation: Literal["none", "paper", "dermoscopy"]
+    symmetries: Symmetries
+    """Those of the images: no knob of the GAN's, but found by `validate` or set for all trainings."""
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -108,8 +110,8 @@ class SeedPaperSettings(GanSettings):
 _ARCHITECTURE = ("preset", "resolution", "latent_dim", "width", "generator_conv", "discriminator")
 
 
-def resolve(config: GanConfig) -> ResidualSettings | SeedPaperSettings:
-    """Fill the knobs left at null from the preset.
+def resolve(config: GanConfig, symmetries: Symmetries = "all") -> ResidualSettings | SeedPaperSettings:
+    """Fill the knobs left at null from the preset, for images with these symmetries.
 
     Raises:
         ParamsError: a knob is set that the preset does not have.
@@ -118,7 +120,7 @@ def resolve(config: GanConfig) -> ResidualSettings | SeedPaperSettings:
     knobs = config.model_dump(exclude_none=True)
     if unknown := sorted(knobs.keys() - settings.model_fields.keys()):
         raise ParamsError(f"gan.{unknown[0]} is no knob of the preset {config.preset}; leave it at null")
-    return settings(**{**PRESETS[config.preset], **knobs})
+    return settings(**{**PRESETS[config.preset], **knobs}, symmetries=symmetries)
 
 
 def check_ranks(settings: ResidualSettings | SeedPaperSettings, ranks: int) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raresynth.config import GanConfig
+from raresynth.config import GanConfig, Symmetries
 from raresynth.dataset.images import Pixels, load_images
 from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
@@ -97,6 +97,7 @@ def pretrain(
     checkpoint_every_s: float,
     judge: Judge,
     ranks: Ranks = ALONE,
+    symmetries: Symmetries = "all",
 ) -> GanReport:
     """Stage 1: a GAN on the train images of all classes.
 
@@ -107,13 +108,14 @@ def pretrain(
         checkpoint_every_s: seconds between checkpoints of the training state, kept in `out_dir`/state.
         judge: with preset `raresynth` the weights of the snapshot with the least mean KID over the classes are kept.
         ranks: processes that all call this with the same arguments and share the work; rank 0 writes.
+        symmetries: of the images, which the generators may learn besides.
 
     Raises:
         ParamsError: these ranks cannot share a batch.
         DataError: there is no train image, or one cannot be read.
         MemoryLimitError: the full Barlow loss of fine-tuning would pass `gan.memory_limit_mb`.
     """
-    settings = resolve(config)
+    settings = resolve(config, symmetries)
     check_ranks(settings, ranks.world)
     with ranks.first_ahead():  # it packs the images, which the others then find in the cache
         images = _train_images(data_dir, manifest_path, None, settings.resolution, cache_dir)
@@ -134,6 +136,7 @@ def finetune(
     cache_dir: Path | None,
     checkpoint_every_s: float,
     judge: Judge,
+    symmetries: Symmetries = "all",
 ) -> GanReport:
     """Stage 2: a generator for one class, from the universal GAN.
 
@@ -146,7 +149,7 @@ def finetune(
         CheckpointError: `base_dir` holds no universal GAN, or one of another architecture.
         MemoryLimitError: the full Barlow loss would pass `gan.memory_limit_mb`.
     """
-    settings = resolve(config)
+    settings = resolve(config, symmetries)
     tensors, meta = load_checkpoint(base_dir, device)
     if meta.get("stage") != "pretrain" or meta["architecture"] != settings.architecture:
         raise CheckpointError(f"{base_dir} holds no universal GAN of this architecture; run pretrain with these params")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raresynth.config import EncoderConfig
+from raresynth.config import EncoderConfig, Symmetries
 from raresynth.dataset.images import Pixels, load_images
 from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
@@ -30,6 +30,8 @@ STAGES = 4
 PROJECTION = 256
 OFF_DIAGONAL_WEIGHT = 5e-3
 FEATURE_BATCH = 256
+TILT = np.pi / 12
+"""Images that have an up are turned by no more than this either way, radians."""
 
 
 class EncoderNetwork(nn.Module):
@@ -86,13 +88,15 @@ def barlow_twins_loss(first: Tensor, second: Tensor) -> Tensor:
     return on_diagonal + OFF_DIAGONAL_WEIGHT * (correlation.square().sum() - diagonal.square().sum())
 
 
-def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
+def augment(images: Tensor, symmetries: Symmetries, rng: np.random.Generator) -> Tensor:
     """A random view of each image: turned, mirrored, cropped and recoloured, but never blurred or noised.
 
-    Blur and noise are left out on purpose: the features must keep seeing them.
+    Blur and noise are left out on purpose: the features must keep seeing them. So are, where the images have an up or
+    a left, turns and mirror images.
 
     Args:
         images: float (N, 3, H, W) in [-1, 1].
+        symmetries: which flips and quarter turns leave an image as likely.
     """
     n = len(images)
 
@@ -100,6 +104,10 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
         return torch.as_tensor(rng.uniform(low, high, n), dtype=images.dtype, device=images.device)
 
     angle, scale, mirror = uniform(-np.pi, np.pi), uniform(0.6, 1.05), torch.sign(uniform(-1, 1))
+    if symmetries != "all":
+        angle = angle * (TILT / np.pi)
+    if symmetries == "none":
+        mirror = mirror.abs()
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     room = (1.05 - scale).clamp(min=0)
     shift_x, shift_y = uniform(-1, 1) * room, uniform(-1, 1) * room
@@ -205,10 +213,14 @@ def train_encoder(
     seed: int,
     device: str,
     cache_dir: Path | None,
+    symmetries: Symmetries = "all",
 ) -> EncoderReport:
     """Train the encoder on the train split and leave it, with report.json, in `out_dir`.
 
     Goes on from `out_dir/state` where an earlier call was killed; on a CPU the result is the same bit for bit.
+
+    Args:
+        symmetries: of the images, which the features learn to overlook.
 
     Raises:
         DataError: the train split has too few images.
@@ -218,7 +230,7 @@ def train_encoder(
     if len(train) < 8:
         raise DataError(f"{manifest_path} has {len(train)} train images and the encoder needs 8; add images")
     images = load_images(train, data_dir, config.resolution, cache_dir)
-    network, losses = _train(images, out_dir, config, seed, device)
+    network, losses = _train(images, out_dir, config, seed, device, symmetries)
     statistics = stage_statistics(network, images, device)
     center, projection, explained = fit_projection(statistics, config.width, config.dimensions)
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
@@ -249,13 +261,18 @@ def train_encoder(
 
 
 def _train(
-    images: Pixels, out_dir: Path, config: EncoderConfig, seed: int, device: str
+    images: Pixels, out_dir: Path, config: EncoderConfig, seed: int, device: str, symmetries: Symmetries
 ) -> tuple[EncoderNetwork, list[float]]:
     torch.manual_seed(seed)
     model = BarlowTwins(config.width).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=1e-4)
     losses: list[float] = []
-    run = {"config": config.model_dump(mode="json"), "seed": seed, "n_images": len(images)}
+    run = {
+        "config": config.model_dump(mode="json"),
+        "symmetries": symmetries,
+        "seed": seed,
+        "n_images": len(images),
+    }
     saved = load_state(out_dir, run, device)
     if saved is not None:
         tensors, meta = saved
@@ -271,7 +288,8 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config.steps)
             chosen = _scale(pixels[torch.from_numpy(rng.choice(len(images), batch, replace=False)).to(device)])
-            loss = barlow_twins_loss(model(augment(chosen, rng)), model(augment(chosen, rng)))
+            first, second = (model(augment(chosen, symmetries, rng)) for _ in range(2))
+            loss = barlow_twins_loss(first, second)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

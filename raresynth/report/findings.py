@@ -14,6 +14,7 @@ from raresynth.classifier.training import ClassifierReport
 from raresynth.config import Params
 from raresynth.dataset.expectations import ValidationReport
 from raresynth.dataset.manifest import read_manifest
+from raresynth.dataset.symmetries import SymmetriesReport, read_symmetries
 from raresynth.gan.synthesis import SynthesisReport
 from raresynth.gan.training import GanReport
 from raresynth.lineage import ReportT, read_report
@@ -64,6 +65,7 @@ class Findings:
     params: Params
     manifest: pd.DataFrame
     validation: ValidationReport
+    symmetries: SymmetriesReport
     quarantine: pd.DataFrame
     encoder: EncoderReport
     pretrain: GanReport
@@ -96,6 +98,7 @@ def read_findings(sources: Sources, params: Params) -> Findings:
         params=params,
         manifest=read_manifest(sources.validation_dir / "manifest.csv"),
         validation=read_report(sources.validation_dir / "report.json", ValidationReport),
+        symmetries=read_symmetries(sources.validation_dir),
         quarantine=_read_table(sources.validation_dir / "quarantine.csv"),
         encoder=read_report(sources.encoder_dir / "report.json", EncoderReport),
         pretrain=read_report(sources.pretrain_dir / "report.json", GanReport),

@@ -22,7 +22,7 @@ from raresynth.quality.reports import QualityReport
 from raresynth.report.charts import UNIT, Axis, Line, line_chart
 from raresynth.report.findings import Findings, Sources, read_findings
 from raresynth.report.grids import read_tiles, sheet
-from raresynth.report.words import class_outcomes, counted, headline
+from raresynth.report.words import class_outcomes, counted, headline, how_turned
 
 GALLERY_TILES = 12
 GALLERY_COLUMNS = 4
@@ -141,6 +141,7 @@ def compose(findings: Findings, pictures: Pictures) -> str:
         "number": number,
         "counted": counted,
         "words": enumerate_words,
+        "how_turned": how_turned,
         "zip": lambda one, other: zip(one, other, strict=True),
         "place": lambda value, axis: f"{100 * axis.share(value):.2f}%",
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raresynth.errors import CheckpointError
-from raresynth.report.words import ACCEPTED, headline
+from raresynth.report.words import ACCEPTED, headline, how_turned
 
 
 def summarize(store: Path) -> str:
@@ -31,7 +31,7 @@ def summarize(store: Path) -> str:
 
 
 def images_used(store: Path) -> list[str]:
-    """What became of the images and classes that the source names: one line, none before `validate`."""
+    """What became of the images and classes of the source, and how trainings turn them; none before `validate`."""
     path = store / "validation" / "report.json"
     if not path.exists():
         return []
@@ -44,7 +44,8 @@ def images_used(store: Path) -> list[str]:
         parts.append("classes dropped: " + ", ".join(f"{label} ({reason})" for label, reason in dropped.items()))
     if empty := manifest["empty_classes"]:
         parts.append(f"classes without an image: {', '.join(empty)}")
-    return [f"- images: {'; '.join(parts)}"]
+    turned = how_turned(_read(store / "validation" / "symmetries.json"))
+    return [f"- images: {'; '.join(parts)}", f"- {turned[0].lower()}{turned[1:].removesuffix('.')}"]
 
 
 _PLACES = {"report": "report.html", "decisions": "decisions.json", "bundle": "bundle"}

@@ -44,6 +44,32 @@ def class_outcomes(classes: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{counted(len(classes), 'class')} needed synthetic images. Of the generators {enumerate_words(outcomes)}."
 
 
+_TURNED = {
+    "all": "Images are mirrored and turned by quarters in training",
+    "mirror": "Images are mirrored in training, and never turned upside down or on their side",
+    "none": "Images are neither mirrored nor turned in training",
+}
+_CHANGED = {
+    "mirrored": "their mirror images",
+    "upside_down": "themselves upside down",
+    "half_turn": "themselves turned by half",
+    "quarter_turn": "themselves turned by a quarter",
+}
+
+
+def how_turned(found: Mapping[str, Any]) -> str:
+    """Which flips and turns the trainings make use of, and why, in one sentence.
+
+    Args:
+        found: the run's validation/symmetries.json.
+    """
+    what = _TURNED[found["symmetries"]]
+    if found["given"]:
+        return f"{what}, as dataset.symmetries in the params says."
+    told = [f"{100 * share:.0f} % from {_CHANGED[change]}" for change, share in found["told"].items()]
+    return f"{what}: of the train images the others tell {enumerate_words(told)} (chance tells 50 %)."
+
+
 def counted(n: int, noun: str) -> str:
     """A number with its noun: "1 image", "2,340 images"."""
     return f"{n:,} {noun if n == 1 else noun + ('es' if noun.endswith('s') else 's')}"

@@ -51,7 +51,8 @@ class ResidualGame(Game[ResidualSettings]):
         latent = rng.normal(len(real), settings.latent_dim)
         with self.autocast(rng.device):
             fake = self.generator(latent, labels, strength).float()
-        seen = torch.cat([self._seen(symmetric(real, settings.augmentation, rng), rng), self._seen(fake.detach(), rng)])
+        reals = symmetric(real, settings.augmentation, settings.symmetries, rng)
+        seen = torch.cat([self._seen(reals, rng), self._seen(fake.detach(), rng)])
         real_logits, fake_logits = self._judge(seen, labels.repeat(2), strength)
         d_loss = relativistic(real_logits, fake_logits)
         penalty = torch.zeros_like(d_loss)

@@ -51,7 +51,7 @@ class SeedPaperGame(Game[SeedPaperSettings]):
         return torch.stack([d_loss, barlow, g_loss]).detach()
 
     def _symmetric(self, real: Tensor, rng: Rng) -> Tensor:
-        return symmetric(real, self.settings.augmentation, rng)
+        return symmetric(real, self.settings.augmentation, self.settings.symmetries, rng)
 
     def _judge(self, images: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """The discriminator's logits and features of a changed, noisy view of each image."""
