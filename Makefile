@@ -33,11 +33,11 @@ submit: .venv/ready
 	@raresynth submit $(if $(HOST),--host $(HOST)) $(PACKAGE) $(ARGS)
 PACKAGE := pipelines/compiled/augmentation-cpu.yaml
 
-# The environment: everything from the lock, each file checked against its hash.
+# The environment: everything from the lock, which is complete, each file checked against its hash.
 .venv/ready: requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "raresynth needs Python 3.11 or later: make PYTHON=python3.11 demo")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --no-compile -r requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -68,6 +68,7 @@ def kill_while_training(process: subprocess.Popen[str], checkpoints: Path, stage
 
 @pytest.mark.slow
 def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow.Run, tmp_path: Path) -> None:
+    """Those of its stages, one by one, without a pipeline."""
     params = tmp_path / "params.yaml"
     values = tiny_run.params.model_dump(mode="json")
     values["compute"] |= {"checkpoint_every_s": 0.01, "parallel_tasks": 2}
@@ -82,13 +83,10 @@ def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow
     while left:
         left.remove(kill_while_training(start(tiny_run.data_dir, params, out), out / "checkpoints", left))
     finish(start(tiny_run.data_dir, params, out))
-    finish(start(tiny_run.data_dir, params, tmp_path / "whole"))
-    assert_equal_files(out, tmp_path / "whole")
-
-    # Started once more, it finds all stages finished and repeats none.
-    before = json.loads((out / "run.json").read_text())["stages"]
-    finish(start(tiny_run.data_dir, params, out))
-    assert json.loads((out / "run.json").read_text())["stages"] == before
+    whole = flow.Run(tiny_run.data_dir, tmp_path / "whole", load_params(params))
+    for stage in flow.STAGES:
+        flow.execute_all(stage, whole)
+    assert_equal_files(out, whole.store)
 
 
 @pytest.mark.slow
@@ -126,14 +124,6 @@ def test_smoke_preset_runs_the_whole_flow(sample_data: Path, tmp_path: Path) -> 
         assert (out / name).is_file()
     assert list((out / "validation").rglob("*.html"))
     assert set(json.loads((out / "run.json").read_text())) >= {"run_id", "machine", "stages"}
-
-
-@pytest.mark.slow
-def test_stages_typed_one_by_one_give_what_the_pipeline_gives(tiny_run: flow.Run, tmp_path: Path) -> None:
-    params = tmp_path / "params.yaml"
-    params.write_text(yaml.safe_dump(tiny_run.params.model_dump(mode="json")))
-    finish(start(tiny_run.data_dir, params, tmp_path / "out"))
-    assert_equal_files(tmp_path / "out", tiny_run.store)
 
 
 def test_a_finished_stage_is_repeated_only_where_it_must_be(tiny_run: flow.Run, tmp_path: Path) -> None:

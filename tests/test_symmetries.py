@@ -9,7 +9,7 @@ from PIL import Image
 
 from raresynth import flow, lineage
 from raresynth.dataset.probe import probe_file
-from raresynth.dataset.symmetries import Change, _changed, _signs, find_symmetries, read_symmetries
+from raresynth.dataset.symmetries import Change, changed, find_symmetries, read_symmetries, signs_of
 from raresynth.gan.training import GanReport
 
 SIDE = 64
@@ -58,9 +58,9 @@ def test_what_images_have_is_found(added: np.ndarray, expected: str, tmp_path: P
 @pytest.mark.parametrize("change", TURNED)
 def test_signs_change_as_those_of_the_changed_image(change: Change, tmp_path: Path) -> None:
     image = texture(5) + HEART
-    turned = _signs([hashed(TURNED[change](image), tmp_path)])
-    signs = _signs([hashed(image, tmp_path)])
-    assert (_changed(signs, change) == turned).mean() > 0.95 > 0.7 > (signs == turned).mean()
+    turned = signs_of([hashed(TURNED[change](image), tmp_path)])
+    signs = signs_of([hashed(image, tmp_path)])
+    assert (changed(signs, change) == turned).mean() > 0.95 > 0.7 > (signs == turned).mean()
 
 
 def test_images_of_one_lesion_do_not_tell_each_other(tmp_path: Path) -> None:

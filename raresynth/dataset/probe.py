@@ -146,7 +146,7 @@ def _size_defect(width: int, height: int, min_side: int, max_side: int) -> Probe
 
 def _decode(image: Image.Image, path: Path) -> Probe:
     try:
-        return _dark(image) or Probe(None, phash=_phash(image))
+        return _dark(image) or Probe(None, phash=perceptual_hash(image))
     except Exception as error:  # as above
         return Probe("truncated", str(error).replace(str(path), path.name) or type(error).__name__)
 
@@ -161,7 +161,8 @@ def _dark(image: Image.Image) -> Probe | None:
     return Probe("too_dark", f"uses {bits} of its 16 bits; scale it to the full range")
 
 
-def _phash(image: Image.Image) -> bytes:
+def perceptual_hash(image: Image.Image) -> bytes:
+    """32 bytes: of the 16 x 16 lowest frequencies of the image's 64 x 64 greys, whether each is above their median."""
     import imagehash
 
     image.draft("L", (DRAFT_SIDE, DRAFT_SIDE))

@@ -49,9 +49,9 @@ def find_symmetries(
         groups: images of one group (a lesion, a patient) are never told by the mean of each other.
         given: what the params say; "auto" to go by what is found.
     """
-    signs = _signs(hashes)
+    signs = signs_of(hashes)
     folds = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1] % FOLDS
-    told: dict[Change, int] = {change: _told(signs, _changed(signs, change), folds) for change in get_args(Change)}
+    told: dict[Change, int] = {change: _told(signs, changed(signs, change), folds) for change in get_args(Change)}
     is_symmetry = {change: not _surely_told(n, len(signs)) for change, n in told.items()}
     found: Symmetries = "all" if all(is_symmetry.values()) else "mirror" if is_symmetry["mirrored"] else "none"
     return SymmetriesReport(
@@ -71,7 +71,7 @@ def read_symmetries(folder: Path) -> SymmetriesReport:
     return read_report(folder / FILE, SymmetriesReport)
 
 
-def _signs(hashes: Sequence[bytes]) -> npt.NDArray[np.float32]:
+def signs_of(hashes: Sequence[bytes]) -> npt.NDArray[np.float32]:
     """(N, 16, 16): of cosines down the image and across it, whether each is above the median, about 0, as 1 or -1."""
     bits = np.unpackbits(np.frombuffer(b"".join(hashes), dtype=np.uint8)).reshape(-1, HASH_SIDE, HASH_SIDE)
     signs = bits.astype(np.float32) * 2 - 1
@@ -79,7 +79,7 @@ def _signs(hashes: Sequence[bytes]) -> npt.NDArray[np.float32]:
     return signs
 
 
-def _changed(signs: npt.NDArray[np.float32], change: Change) -> npt.NDArray[np.float32]:
+def changed(signs: npt.NDArray[np.float32], change: Change) -> npt.NDArray[np.float32]:
     """The signs of the changed images: odd cosines change theirs, and a turn by 90 degrees transposes besides."""
     odd = np.where(np.arange(HASH_SIDE) % 2, np.float32(-1), np.float32(1))
     across, down = odd[None, :], odd[:, None]
@@ -94,14 +94,14 @@ def _changed(signs: npt.NDArray[np.float32], change: Change) -> npt.NDArray[np.f
             return signs.transpose(0, 2, 1) * across
 
 
-def _told(signs: npt.NDArray[np.float32], changed: npt.NDArray[np.float32], folds: npt.NDArray[np.intp]) -> int:
-    """How many images are nearer to the mean of the other folds' images than to that of these changed."""
+def _told(signs: npt.NDArray[np.float32], turned: npt.NDArray[np.float32], folds: npt.NDArray[np.intp]) -> int:
+    """How many images are nearer to the mean of the other folds' images than to that of these turned."""
     n = 0
     for fold in range(FOLDS):
         mine, others = folds == fold, folds != fold
         if not mine.any() or not others.any():
             continue
-        towards = signs[others].mean(0) - changed[others].mean(0)
+        towards = signs[others].mean(0) - turned[others].mean(0)
         scores = (signs[mine] * towards).sum((1, 2))
         n += int((scores > 0).sum())
     return n
