@@ -71,7 +71,7 @@ def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow
     """Those of its stages, one by one, without a pipeline."""
     params = tmp_path / "params.yaml"
     values = tiny_run.params.model_dump(mode="json")
-    values["compute"] |= {"checkpoint_every_s": 0.01, "parallel_tasks": 2}
+    values["compute"] |= {"checkpoint_every_s": 0.1, "parallel_tasks": 2}
     # Long enough that the run is still in the stage when its first state has been seen.
     values["encoder"]["steps"] = 120
     values["gan"] |= {"pretrain_kimg": 2.0, "finetune_kimg": 1.0}
@@ -104,11 +104,11 @@ def test_balanced_images_need_no_generator(tiny_run: flow.Run, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_smoke_preset_runs_the_whole_flow(sample_data: Path, tmp_path: Path) -> None:
+def test_smoke_preset_runs_the_whole_flow(tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    output = finish(start(sample_data, ROOT / "params" / "smoke.yaml", out))
+    output = finish(start(tiny_data, ROOT / "params" / "smoke.yaml", out))
     decisions = json.loads((out / "decisions.json").read_text())
-    run = flow.Run(sample_data, out, load_params(ROOT / "params" / "smoke.yaml"))
+    run = flow.Run(tiny_data, out, load_params(ROOT / "params" / "smoke.yaml"))
     assert set(decisions["classes"]) == set(flow.items(run, "label"))
     for label, entry in decisions["classes"].items():
         assert entry["decision"] in {"accepted", "rejected", "insufficient"}
