@@ -14,7 +14,7 @@ SMALL = {
     "compute": {"parallel_tasks": 1},
     "encoder": {"steps": 40, "width": 8, "batch_size": 32},
     "gan": {"width": 8, "latent_dim": 16, "pretrain_kimg": 1.0, "finetune_kimg": 0.3, "ema_half_life_kimg": 0.1},
-    "balance": {"policy": "fixed", "count": 60},
+    "balance": {"policy": "fixed", "count": 60, "classes": ["dermatofibroma", "vascular"]},
     "classifier": {"steps": 20, "batch_size": 16, "arms": ["real", "real+synthetic"]},
     "release": {"bootstrap_samples": 200},
 }
