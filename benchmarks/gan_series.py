@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from raresynth import flow
+from raresynth.config import Symmetries
+from raresynth.dataset.symmetries import read_symmetries
 from raresynth.lineage import write_json
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,8 +49,16 @@ class Inputs:
     data_dir: Path
 
     @property
+    def validated(self) -> Path:
+        return self.store / flow.read_record(self.store, "validate").output
+
+    @property
     def manifest(self) -> Path:
-        return self.store / flow.read_record(self.store, "validate").output / "manifest.csv"
+        return self.validated / "manifest.csv"
+
+    @property
+    def symmetries(self) -> Symmetries:
+        return read_symmetries(self.validated).symmetries
 
     @property
     def encoder(self) -> Path:
@@ -87,9 +97,10 @@ def train(inputs: Inputs, out: Path, preset: str, knobs: dict[str, Any], seed: i
         spent = out / f"{place.name}-seconds.json"
         with added_to(spent):
             if label is None:
-                pretrain(inputs.data_dir, inputs.manifest, place, *common)
+                pretrain(inputs.data_dir, inputs.manifest, place, *common, symmetries=inputs.symmetries)
             else:
-                finetune(inputs.data_dir, inputs.manifest, out / "universal", label, place, *common)
+                base = out / "universal"
+                finetune(inputs.data_dir, inputs.manifest, base, label, place, *common, symmetries=inputs.symmetries)
         seconds, peak_kb = json.loads(spent.read_text()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_json(place / "time.json", {"seconds": round(seconds, 1), "peak_memory_mb": round(peak_kb / 1024)})
 

@@ -52,7 +52,7 @@ def train_arm(inputs: Inputs, drawn: Path, arm: str, out: Path, params: Params) 
     torch.set_num_threads(1)
     images = (drawn / "drawn.csv", drawn, arm, out)
     options = (params.classifier, params.seed, "cpu", inputs.packed, params.compute.checkpoint_every_s)
-    train_classifier(inputs.data_dir, inputs.manifest, *images, *options)
+    train_classifier(inputs.data_dir, inputs.manifest, *images, *options, symmetries=inputs.symmetries)
 
 
 def rows(inputs: Inputs, out: Path, params: Params) -> Iterator[str]:

@@ -68,7 +68,8 @@ def train_ours(inputs: Inputs, out: Path, minutes: float) -> dict[str, Any]:
     config = config.model_copy(update={"pretrain_kimg": round(SHARE_OF_RATE * rate * minutes * 60 / 1000)})
     judge = KidJudge(inputs.data_dir, inputs.manifest, inputs.encoder, 0, inputs.packed)
     started = time.monotonic()
-    report = pretrain(inputs.data_dir, inputs.manifest, out / "ours", config, 0, "cpu", inputs.packed, 60.0, judge)
+    common = (config, 0, "cpu", inputs.packed, 60.0, judge)
+    report = pretrain(inputs.data_dir, inputs.manifest, out / "ours", *common, symmetries=inputs.symmetries)
     seconds = time.monotonic() - started
     return {
         "images_per_s": 1000 * report.kimg / seconds,

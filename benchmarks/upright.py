@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.gan_series import Inputs
 from raresynth import flow
 from raresynth.dataset.manifest import read_manifest
 from raresynth.dataset.probe import perceptual_hash
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     args = parser.parse_args()
-    manifest = read_manifest(args.run / flow.read_record(args.run, "validate").output / "manifest.csv")
+    manifest = read_manifest(Inputs(args.run, args.data).manifest)
     universal = args.run / flow.read_record(args.run, "pretrain").output
 
     def split(name: str) -> np.ndarray:

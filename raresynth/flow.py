@@ -176,7 +176,9 @@ def _train_encoder(task: Task) -> Outcome:
     run, device = task.run, task.device
     check_model(run.params.classifier.model)  # better now than after hours of training
     config, seed = run.params.encoder, run.params.seed
-    train_encoder(run.data_dir, task.manifest, task.out_dir, config, seed, device, run.packed, task.symmetries)
+    train_encoder(
+        run.data_dir, task.manifest, task.out_dir, config, seed, device, run.packed, symmetries=task.symmetries
+    )
     return DONE
 
 
@@ -200,7 +202,7 @@ def _pretrain(task: Task) -> Outcome:
             run.params.compute.checkpoint_every_s,
             _judge(task),
             ranks,
-            task.symmetries,
+            symmetries=task.symmetries,
         )
     return DONE if report.status == "trained" else ("failed", f"universal generator: {report.reason or report.status}")
 
@@ -221,7 +223,7 @@ def _finetune(task: Task) -> Outcome:
         run.packed,
         run.params.compute.checkpoint_every_s,
         _judge(task),
-        task.symmetries,
+        symmetries=task.symmetries,
     )
     return DONE if report.status == "trained" else ("failed", report.reason or report.status)
 
@@ -359,7 +361,7 @@ def _train_classifier(task: Task) -> Outcome:
         task.device,
         run.packed,
         run.params.compute.checkpoint_every_s,
-        task.symmetries,
+        symmetries=task.symmetries,
     )
     return DONE if report.status == "trained" else ("skipped", report.reason)
 

@@ -122,21 +122,24 @@ def _suggest(trial: "Trial", params: Params) -> dict[str, float]:
 
 def _train(run: flow.Run, knobs: dict[str, float], labels: list[str], place: Path) -> dict[str, float]:
     """KID of each class's generator with these knobs; none after a collapse."""
+    from raresynth.dataset.symmetries import read_symmetries
     from raresynth.gan.training import finetune, pretrain
     from raresynth.quality.judge import KidJudge
 
     config = run.params.gan.model_copy(update={**knobs, "pretrain_kimg": SCREENED * run.params.gan.pretrain_kimg})
-    manifest = run.store / flow.read_record(run.store, "validate").output / "manifest.csv"
+    validated = run.store / flow.read_record(run.store, "validate").output
+    manifest, symmetries = validated / "manifest.csv", read_symmetries(validated).symmetries
     encoder = run.store / flow.read_record(run.store, "train-encoder").output
     device = flow.device(run.params)
     judge = KidJudge(run.data_dir, manifest, encoder, run.params.seed, run.packed, device)
     common = (config, run.params.seed, device, run.packed, run.params.compute.checkpoint_every_s, judge)
-    universal = pretrain(run.data_dir, manifest, place / "universal", *common)
+    universal = pretrain(run.data_dir, manifest, place / "universal", *common, symmetries=symmetries)
     if universal.status == "collapsed":
         return {}
     kid: dict[str, float] = {}
     for label in labels:
-        report = finetune(run.data_dir, manifest, place / "universal", label, place / label, *common)
+        base = place / "universal"
+        report = finetune(run.data_dir, manifest, base, label, place / label, *common, symmetries=symmetries)
         kept = [s.kid[label] for s in report.snapshots if s.step == report.kept_step and label in s.kid]
         if report.status == "collapsed":
             return {}

@@ -156,5 +156,7 @@ def sample_manifest(sample_data: Path, tmp_path_factory: pytest.TempPathFactory)
 def trained_encoder(sample_data: Path, sample_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder trained on the sample data, briefly but long enough to be of use."""
     folder = tmp_path_factory.mktemp("encoder") / "encoder"
-    train_encoder(sample_data, sample_manifest, folder, EncoderConfig(width=16, steps=150), 0, "cpu", None)
+    train_encoder(
+        sample_data, sample_manifest, folder, EncoderConfig(width=16, steps=150), 0, "cpu", None, symmetries="all"
+    )
     return folder

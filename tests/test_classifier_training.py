@@ -40,6 +40,7 @@ def train(squares: Path, out: Path, arm: str = "real", synthetic: str | None = N
         "cpu",
         None,
         checkpoint_every_s=every,
+        symmetries="all",
     )
 
 
@@ -252,7 +253,7 @@ from raresynth.config import ClassifierConfig
 squares, out, config, arm = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(int(sys.argv[5]))
 train_classifier(squares, squares / "manifest.csv", squares / "accepted.csv", squares, arm, out,
-                 ClassifierConfig.model_validate_json(config), 0, "cpu", None, 0.001)
+                 ClassifierConfig.model_validate_json(config), 0, "cpu", None, 0.001, symmetries="all")
 """
 
 
@@ -317,7 +318,8 @@ def test_class_without_train_images_is_named(squares, tmp_path):
     manifest = pd.read_csv(squares / "manifest.csv")
     manifest[(manifest["split"] != "train") | (manifest["label"] != "red")].to_csv(tmp_path / "m.csv", index=False)
     with pytest.raises(DataError, match="no train image of 'red'"):
-        train_classifier(squares, tmp_path / "m.csv", None, None, "real", tmp_path / "out", CONFIG, 0, "cpu", None, 1e9)
+        common = (tmp_path / "out", CONFIG, 0, "cpu", None, 1e9)
+        train_classifier(squares, tmp_path / "m.csv", None, None, "real", *common, symmetries="all")
 
 
 def test_weights_are_finite_with_a_batch_that_is_smaller_than_the_classes(squares, tmp_path):

@@ -75,7 +75,7 @@ torch.set_num_threads(1)
 encoder.CHECKPOINT_EVERY_STEPS = 5
 data, manifest, out = map(Path, sys.argv[1:])
 config = EncoderConfig(width=4, steps=int(40), batch_size=16)
-encoder.train_encoder(data, manifest, out, config, 3, "cpu", None)
+encoder.train_encoder(data, manifest, out, config, 3, "cpu", None, symmetries="all")
 """
 
 
@@ -85,7 +85,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(squares, tmp_path, monke
     monkeypatch.setattr(encoder_module, "CHECKPOINT_EVERY_STEPS", 5)
 
     def train(name):
-        train_encoder(squares, squares / "manifest.csv", tmp_path / name, config, 3, "cpu", None)
+        train_encoder(squares, squares / "manifest.csv", tmp_path / name, config, 3, "cpu", None, symmetries="all")
 
     train("whole")
     views, original = [], encoder_module.augment
@@ -127,7 +127,9 @@ def test_state_of_another_training_is_not_used(squares, tmp_path):
     """A changed knob starts afresh instead of going on from weights that do not fit."""
     save_state(tmp_path / "out", 1, {"model.x": torch.zeros(1)}, {"run": {"config": {}}, "losses": [1.0]})
     config = EncoderConfig(width=4, steps=2, batch_size=16)
-    report = train_encoder(squares, squares / "manifest.csv", tmp_path / "out", config, 0, "cpu", None)
+    report = train_encoder(
+        squares, squares / "manifest.csv", tmp_path / "out", config, 0, "cpu", None, symmetries="all"
+    )
     assert len(report.losses) == 2
 
 
@@ -135,7 +137,9 @@ def test_errors_name_what_is_wrong(squares, tmp_path):
     lines = (squares / "manifest.csv").read_text().splitlines()
     (tmp_path / "few.csv").write_text("\n".join(lines[:4]) + "\n")
     with pytest.raises(DataError, match="3 train images"):
-        train_encoder(squares, tmp_path / "few.csv", tmp_path / "out", EncoderConfig(), 0, "cpu", None)
+        train_encoder(
+            squares, tmp_path / "few.csv", tmp_path / "out", EncoderConfig(), 0, "cpu", None, symmetries="all"
+        )
     save_checkpoint(tmp_path / "generator", {"x": torch.zeros(1)}, {"kind": "generator"})
     with pytest.raises(CheckpointError, match="holds no encoder"):
         Encoder.load(tmp_path / "generator")

@@ -61,14 +61,16 @@ TINTS = TintJudge()
 
 def run_pretrain(data: Path, out: Path, every_s: float = 1e9, seed: int = 0, judge=TINTS, **knobs) -> GanReport:
     config = GanConfig(**{**SMALL, "preset": "stgan-lite", **knobs})
-    return pretrain(data, data / "manifest.csv", out, config, seed, "cpu", None, every_s, judge)
+    return pretrain(data, data / "manifest.csv", out, config, seed, "cpu", None, every_s, judge, symmetries="all")
 
 
 def run_finetune(
     data: Path, base: Path, label: str, out: Path, every_s: float = 1e9, judge=TINTS, **knobs
 ) -> GanReport:
     config = GanConfig(**{**SMALL, "preset": "stgan-lite", **knobs})
-    return finetune(data, data / "manifest.csv", base, label, out, config, 0, "cpu", None, every_s, judge)
+    return finetune(
+        data, data / "manifest.csv", base, label, out, config, 0, "cpu", None, every_s, judge, symmetries="all"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +177,9 @@ stage, data, base, out, knobs = sys.argv[1:]
 data, config = Path(data), GanConfig(**json.loads(knobs))
 common = (Path(out), config, 0, "cpu", None, 1e-6, TintJudge())
 if stage == "pretrain":
-    pretrain(data, data / "manifest.csv", *common)
+    pretrain(data, data / "manifest.csv", *common, symmetries="all")
 else:
-    finetune(data, data / "manifest.csv", Path(base), "df", *common)
+    finetune(data, data / "manifest.csv", Path(base), "df", *common, symmetries="all")
 """
 
 

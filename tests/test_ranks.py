@@ -98,7 +98,7 @@ def trained(job: Job) -> tuple[GanReport, int]:
     with joined("cpu") as ranks, in_double(job, ranks) as watched:
         every_s = 1e9 if job.kill_at is None else 1e-6
         where = (job.data, job.data / "manifest.csv", job.out)
-        report = pretrain(*where, GanConfig(**KNOBS), 0, "cpu", None, every_s, Colours(), ranks)
+        report = pretrain(*where, GanConfig(**KNOBS), 0, "cpu", None, every_s, Colours(), ranks, symmetries="all")
         weights = digest(watched.last)
         first = ranks.by_first(lambda: weights)
         return report, int(ranks.total(torch.tensor(float(weights == first))))
@@ -306,7 +306,9 @@ def test_a_batch_that_ranks_cannot_share_is_refused(batch, ranks):
 def test_presets_with_statistics_of_the_whole_batch_are_refused(squares, tmp_path, preset):
     config, out, ranks = GanConfig(preset=preset), tmp_path / "out", Ranks(0, 2)
     with pytest.raises(ParamsError, match=f"^preset {preset} .* set compute.ranks to 1"):
-        pretrain(squares, squares / "manifest.csv", out, config, 0, "cpu", None, 1.0, Colours(), ranks)
+        pretrain(
+            squares, squares / "manifest.csv", out, config, 0, "cpu", None, 1.0, Colours(), ranks, symmetries="all"
+        )
     assert not out.exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -43,7 +44,10 @@ def test_a_trial_that_was_interrupted_is_finished_first(run, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(*_):
+    dataset = run.params.dataset.model_copy(update={"symmetries": "none"})
+    run = replace(run, params=run.params.model_copy(update={"dataset": dataset}))
+
+    def killed(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -60,6 +64,7 @@ def test_a_trial_that_was_interrupted_is_finished_first(run, monkeypatch):
     report = tune(run, budget_s=0)
     assert asked == [place]
     assert len(report.trials) == 1
+    assert json.loads(trained)["settings"]["symmetries"] == "none"
     assert json.loads(trained)["settings"]["gradient_penalty"] == report.trials[0].knobs["gradient_penalty"]
 
 

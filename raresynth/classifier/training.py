@@ -116,7 +116,8 @@ def train_classifier(
     device: str,
     cache_dir: Path | None,
     checkpoint_every_s: float,
-    symmetries: Symmetries = "all",
+    *,
+    symmetries: Symmetries,
 ) -> ClassifierReport:
     """Train one arm and leave its checkpoint (weights of the timm model) and report in `out_dir`.
 

@@ -97,7 +97,8 @@ def pretrain(
     checkpoint_every_s: float,
     judge: Judge,
     ranks: Ranks = ALONE,
-    symmetries: Symmetries = "all",
+    *,
+    symmetries: Symmetries,
 ) -> GanReport:
     """Stage 1: a GAN on the train images of all classes.
 
@@ -136,7 +137,8 @@ def finetune(
     cache_dir: Path | None,
     checkpoint_every_s: float,
     judge: Judge,
-    symmetries: Symmetries = "all",
+    *,
+    symmetries: Symmetries,
 ) -> GanReport:
     """Stage 2: a generator for one class, from the universal GAN.
 

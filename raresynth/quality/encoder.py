@@ -213,7 +213,8 @@ def train_encoder(
     seed: int,
     device: str,
     cache_dir: Path | None,
-    symmetries: Symmetries = "all",
+    *,
+    symmetries: Symmetries,
 ) -> EncoderReport:
     """Train the encoder on the train split and leave it, with report.json, in `out_dir`.
 
