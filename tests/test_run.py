@@ -68,10 +68,10 @@ def kill_while_training(process: subprocess.Popen[str], checkpoints: Path, stage
 
 @pytest.mark.slow
 def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow.Run, tmp_path: Path) -> None:
-    """Those of its stages, one by one, without a pipeline."""
+    """As its stages leave them one by one, without a pipeline and never killed."""
     params = tmp_path / "params.yaml"
     values = tiny_run.params.model_dump(mode="json")
-    values["compute"] |= {"checkpoint_every_s": 0.1, "parallel_tasks": 2}
+    values["compute"] |= {"checkpoint_every_s": 0.01, "parallel_tasks": 2}
     # Long enough that the run is still in the stage when its first state has been seen.
     values["encoder"]["steps"] = 120
     values["gan"] |= {"pretrain_kimg": 2.0, "finetune_kimg": 1.0}
@@ -87,6 +87,11 @@ def test_killed_in_every_training_stage_it_ends_in_the_same_bytes(tiny_run: flow
     for stage in flow.STAGES:
         flow.execute_all(stage, whole)
     assert_equal_files(out, whole.store)
+
+    # Started once more, it finds all stages finished and repeats none.
+    before = json.loads((out / "run.json").read_text())["stages"]
+    finish(start(tiny_run.data_dir, params, out))
+    assert json.loads((out / "run.json").read_text())["stages"] == before
 
 
 @pytest.mark.slow

@@ -74,14 +74,13 @@ def test_a_small_file_that_would_cost_minutes_or_gigabytes_is_refused_at_once(na
     began = time.process_time()
     with pytest.raises(ApiError):
         decode_upload(content, 32, Settings())
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 3
 
 
 def answered(served: Served, content: bytes) -> tuple[int, str]:
     """Status and error code of raw bytes; status 0 where the connection was closed without an answer."""
-    thrown = Thrown("raw", content)
-    answer = send(served.port, thrown)
-    assert answer.status == 0 or finding(thrown, answer) is None
+    answer = send(served.port, Thrown("raw", content))  # as strict, so that it is waited for
+    assert finding(Thrown("raw", content, strict=False), answer) is None
     return answer.status, (answer.body.decode("utf-8", "replace").partition('"code":"')[2]).partition('"')[0]
 
 
