@@ -16,14 +16,15 @@ from PIL import Image
 
 from raresynth import flow, lineage
 from raresynth.bundle.contents import open_bundle
-from raresynth.bundle.onnx_export import TOLERANCE
+from raresynth.bundle.onnx_export import TOLERANCE, export_onnx
 from raresynth.bundle.predictor import Predictor, predict_folder
 from raresynth.bundle.sampler import Sampler, generate_folder
 from raresynth.classifier.network import WithFeatureMap, load
 from raresynth.errors import CheckpointError, ParamsError
 from raresynth.gan.latents import CHUNK, latents
 from raresynth.gan.png import to_pixels
-from raresynth.gan.sampling import load_generator
+from raresynth.gan.residual.networks import Generator
+from raresynth.gan.sampling import OfClass, load_generator
 
 LABEL = "vascular"
 
@@ -58,6 +59,17 @@ def test_graphs_equal_torch(bundle: Path) -> None:
         expected = WithFeatureMap(classifier).eval()(torch.from_numpy(pixels))
     for got, want in zip(graph.run(None, {"images": pixels}), expected, strict=True):
         np.testing.assert_allclose(got, want.numpy(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_the_graph_of_a_grey_generator_draws_grey(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    generator = OfClass(Generator(32, 8, 4, 3, grey=True), 1).eval()
+    export_onnx(generator, torch.randn(2, 8), "latents", ["images"], tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    drawn = to_pixels(session.run(None, {"latents": latents(0, 0, 3, 8)})[0])
+    assert drawn.shape == (3, 32, 32, 3)
+    assert np.ptp(drawn, axis=-1).max() == 0
+    assert drawn.std() > 1
 
 
 def test_predictions_name_every_image_and_every_error(bundle: Path, images: Path, tmp_path: Path) -> None:

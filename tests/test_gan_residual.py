@@ -29,7 +29,7 @@ def rng(seed=0) -> Rng:
 
 @pytest.mark.parametrize("resolution", [32, 64, 128, 256])
 def test_shapes_and_ranges_at_every_resolution(resolution):
-    drawn = Generator(resolution, 8, 4, 3)(torch.randn(4, 8), LABELS, 1.0)
+    drawn = Generator(resolution, 8, 4, 3, grey=False)(torch.randn(4, 8), LABELS, 1.0)
     assert drawn.shape == (4, 3, resolution, resolution)
     assert drawn.abs().max() <= 1
     assert Discriminator(resolution, 4, 3, group=2)(drawn, LABELS, 1.0).shape == (4,)
@@ -46,7 +46,7 @@ def test_fresh_blocks_only_enlarge_and_fresh_excitation_changes_nothing():
 
 def test_without_strength_the_class_does_not_matter_and_with_it_it_does():
     torch.manual_seed(0)
-    generator, discriminator = Generator(32, 8, 4, 3), Discriminator(32, 4, 3, group=2)
+    generator, discriminator = Generator(32, 8, 4, 3, grey=False), Discriminator(32, 4, 3, group=2)
     torch.nn.init.normal_(generator.mapping.signal.weight)
     torch.nn.init.normal_(discriminator.classes.weight)
     latent, other = torch.randn(4, 8), (LABELS + 1) % 3

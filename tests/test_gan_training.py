@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -311,6 +312,32 @@ def test_classes_without_reals_to_judge_by_keep_the_last_snapshot(data, tmp_path
     report = run_pretrain(data, tmp_path / "out", judge=Blind(), **OURS)
     assert report.kept_step == 100
     assert all(s.kid == {} for s in report.snapshots)
+
+
+def greyed(data: Path, pattern: str, out: Path) -> Path:
+    """The data, with those images grey."""
+    shutil.copytree(data, out)
+    for path in out.glob(pattern):
+        Image.open(path).convert("L").save(path)
+    manifest = pd.read_csv(out / "manifest.csv")
+    manifest["sha256"] = [sha256_file(out / path) for path in manifest["path"]]
+    manifest.to_csv(out / "manifest.csv", index=False)
+    return out
+
+
+def test_of_grey_images_a_grey_generator_is_trained_and_branched(data, tmp_path):
+    grey = greyed(data, "*.png", tmp_path / "data")
+    assert run_pretrain(grey, tmp_path / "base", preset="raresynth").settings["grey"]
+    assert run_finetune(grey, tmp_path / "base", "df", tmp_path / "df", preset="raresynth").status == "trained"
+    drawn = generate(load_generator(tmp_path / "df", "cpu")[0], 0, range(4))
+    assert np.ptp(drawn, axis=-1).max() == 0
+    assert drawn.std() > 1
+
+
+def test_a_grey_class_gets_its_branch_of_coloured_images(data, bases, tmp_path):
+    mixed = greyed(data, "df*.png", tmp_path / "data")
+    report = run_finetune(mixed, bases["raresynth"], "df", tmp_path / "df", preset="raresynth")
+    assert (report.status, report.settings["grey"]) == ("trained", False)
 
 
 def test_a_branch_that_does_not_help_leaves_the_universal_weights(data, bases, tmp_path):

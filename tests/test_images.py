@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from raresynth.dataset.images import decode_image, load_images
+from raresynth.dataset.images import all_grey, decode_image, load_images
 from raresynth.dataset.manifest import COLUMNS, count_classes, read_manifest, write_manifest
 from raresynth.errors import DataError
 from raresynth.lineage import sha256_file
@@ -44,6 +44,15 @@ def test_the_centre_square_is_taken():
     pixels = decode_image(encode(image), 10)
     assert (pixels[:, 1:-1] == (0, 255, 0)).all()
     assert (abs(pixels.astype(int) - (0, 255, 0)) < 30).all()  # the filter reaches a little beyond the square
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_grey_images_are_known_by_any_file_and_one_coloured_pixel_is_enough(kind):
+    grey = np.stack([decode_image(encode(picture(40, 40, n).convert("L").convert("RGB"), kind), 32) for n in range(4)])
+    assert all_grey(grey)
+    grey[2, 7, 9] += np.array([0, 0, 3], dtype=np.uint8)
+    assert not all_grey(grey)
+    assert not all_grey(decode_image(encode(picture(), kind), 32)[None])
 
 
 def test_exif_orientation_is_applied():

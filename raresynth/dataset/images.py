@@ -30,6 +30,8 @@ OTHER_SUFFIXES = frozenset(
     }
 )
 """Files that are obviously no images; any other is taken for one until decoding shows that it is not."""
+GREY = 2
+"""A grey pixel's channels lie at most so far apart, of 255: lossy formats leave 1."""
 ORIENTATION = 0x0112
 """Exif tag."""
 TURNS = {
@@ -116,6 +118,16 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata; the pixels may be whole
         return None
+
+
+def all_grey(images: Pixels) -> bool:
+    """Whether no pixel of the images (N, R, R, 3) has a colour."""
+
+    def spread(red: Pixels, green: Pixels, blue: Pixels) -> int:  # 20 times as fast as along the last axis
+        most, least = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+        return int((most - least).max())
+
+    return all(spread(*np.moveaxis(image, -1, 0)) <= GREY for image in images)
 
 
 def load_images(manifest: "pd.DataFrame", root: Path, resolution: int, cache_dir: Path | None = None) -> Pixels:

@@ -80,6 +80,8 @@ class GanSettings(Config):
 class ResidualSettings(GanSettings):
     """Of preset `raresynth`."""
 
+    grey: bool
+    """Whether all train images are, so that the generator cannot tint what it draws."""
     gradient_penalty: float
     annealing: tuple[float, float]
     augmentation_target: float
@@ -107,11 +109,13 @@ class SeedPaperSettings(GanSettings):
     memory_limit_mb: int
 
 
-_ARCHITECTURE = ("preset", "resolution", "latent_dim", "width", "generator_conv", "discriminator")
+_ARCHITECTURE = ("preset", "resolution", "latent_dim", "width", "grey", "generator_conv", "discriminator")
 
 
-def resolve(config: GanConfig, symmetries: Symmetries = "all") -> ResidualSettings | SeedPaperSettings:
-    """Fill the knobs left at null from the preset, for images with these symmetries.
+def resolve(
+    config: GanConfig, symmetries: Symmetries = "all", grey: bool = False
+) -> ResidualSettings | SeedPaperSettings:
+    """Fill the knobs left at null from the preset, for images with these symmetries, all grey or not.
 
     Raises:
         ParamsError: a knob is set that the preset does not have.
@@ -120,7 +124,10 @@ def resolve(config: GanConfig, symmetries: Symmetries = "all") -> ResidualSettin
     knobs = config.model_dump(exclude_none=True)
     if unknown := sorted(knobs.keys() - settings.model_fields.keys()):
         raise ParamsError(f"gan.{unknown[0]} is no knob of the preset {config.preset}; leave it at null")
-    return settings(**{**PRESETS[config.preset], **knobs}, symmetries=symmetries)
+    decided = {**PRESETS[config.preset], **knobs, "symmetries": symmetries}
+    if settings is ResidualSettings:
+        decided["grey"] = grey
+    return settings(**decided)
 
 
 def check_ranks(settings: ResidualSettings | SeedPaperSettings, ranks: int) -> None:

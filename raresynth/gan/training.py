@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from raresynth.config import GanConfig, Symmetries
-from raresynth.dataset.images import Pixels, load_images
+from raresynth.dataset.images import Pixels, all_grey, load_images
 from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
 from raresynth.gan import loop
@@ -116,10 +116,10 @@ def pretrain(
         DataError: there is no train image, or one cannot be read.
         MemoryLimitError: the full Barlow loss of fine-tuning would pass `gan.memory_limit_mb`.
     """
-    settings = resolve(config, symmetries)
-    check_ranks(settings, ranks.world)
+    check_ranks(resolve(config), ranks.world)
     with ranks.first_ahead():  # it packs the images, which the others then find in the cache
-        images = _train_images(data_dir, manifest_path, None, settings.resolution, cache_dir)
+        images = _train_images(data_dir, manifest_path, None, config.resolution, cache_dir)
+    settings = resolve(config, symmetries, all_grey(images.pixels))
     game = new_game(settings, len(images.classes), seed, device, finetuning=False, ranks=ranks)
     run = _Run("pretrain", None, settings, seed, None, images, judge)
     return _train(run, game, settings.pretrain_kimg, out_dir, device, checkpoint_every_s)
@@ -151,8 +151,8 @@ def finetune(
         CheckpointError: `base_dir` holds no universal GAN, or one of another architecture.
         MemoryLimitError: the full Barlow loss would pass `gan.memory_limit_mb`.
     """
-    settings = resolve(config, symmetries)
     tensors, meta = load_checkpoint(base_dir, device)
+    settings = resolve(config, symmetries, meta.get("settings", {}).get("grey", False))
     if meta.get("stage") != "pretrain" or meta["architecture"] != settings.architecture:
         raise CheckpointError(f"{base_dir} holds no universal GAN of this architecture; run pretrain with these params")
     images = _train_images(data_dir, manifest_path, label, settings.resolution, cache_dir)

@@ -41,7 +41,7 @@ class ResidualGame(Game[ResidualSettings]):
     def build(self, n_classes: int) -> tuple[nn.Module, Discriminator]:
         settings = self.settings
         # Channels last: convolutions are faster so, on a CPU in bf16 as on tensor cores.
-        generator = Generator(settings.resolution, settings.latent_dim, settings.width, n_classes)
+        generator = Generator(settings.resolution, settings.latent_dim, settings.width, n_classes, settings.grey)
         discriminator = Discriminator(settings.resolution, settings.width, n_classes, settings.deviation_group)
         return generator.to(memory_format=torch.channels_last), discriminator.to(memory_format=torch.channels_last)
 

@@ -95,9 +95,13 @@ class SkipLayerExcitation(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latent (N, latent_dim), labels (N,) and the class signal's strength -> image (N, 3, R, R) in [-1, 1]."""
+    """Latent (N, latent_dim), labels (N,) and the class signal's strength -> image (N, 3, R, R) in [-1, 1].
 
-    def __init__(self, resolution: int, latent_dim: int, width: int, n_classes: int) -> None:
+    Args:
+        grey: draws one channel, which is red, green and blue.
+    """
+
+    def __init__(self, resolution: int, latent_dim: int, width: int, n_classes: int, grey: bool) -> None:
         super().__init__()
         self.latent_dim = latent_dim
         self.mapping = Mapping(latent_dim, n_classes)
@@ -110,7 +114,7 @@ class Generator(nn.Module):
         self.excitations = nn.ModuleDict(
             {str(large): SkipLayerExcitation(channels[small], channels[large]) for large, small in self.sources.items()}
         )
-        self.to_rgb = _conv(channels[resolution], 3, 3, gain=0.3)
+        self.to_rgb = _conv(channels[resolution], 1 if grey else 3, 3, gain=0.3)
 
     def forward(self, latent: Tensor, labels: Tensor, strength: float) -> Tensor:
         style = self.mapping(latent, labels, strength)
@@ -122,7 +126,7 @@ class Generator(nn.Module):
             if side in self.sources:
                 x = self.excitations[str(side)](maps[self.sources[side]], x)
             maps[side] = x
-        return self.to_rgb(_activate(x)).tanh()  # type: ignore[no-any-return]
+        return self.to_rgb(_activate(x)).tanh().expand(-1, 3, -1, -1)  # type: ignore[no-any-return]
 
 
 class DownBlock(nn.Module):
