@@ -218,10 +218,12 @@ class GateConfig(Config):
     control_correlation: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.8
     """Least rank correlation of FD, on the run's encoder, with how much worse reals are made: below it nothing is
     accepted. One swap of neighbouring steps leaves 0.9 or more."""
-    c_t: float = -3.0
     near_copy_distance: Share = 0.5
     """A near copy lies nearer to a train image than this part of the distance to the next ones."""
     near_copy_share: Share = 0.025
+    nearer_share: Share = 0.7
+    """Of pairs of a synthetic and an unseen real image, in how many at most the synthetic one may lie nearer to the
+    train images."""
 
 
 class ClassifierConfig(Config):

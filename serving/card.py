@@ -17,7 +17,7 @@ LIMITS = (
     "classes change them.",
     "A synthetic image shows no real case. Generators repeat the gaps and biases of the images they learned from.",
     "Images come as the generator draws them: single ones may be odd, or near a training image. Distances, coverage "
-    "and C_T of its quality were measured without these; the share of near copies is of all images drawn.",
+    "and nearness to train images were measured without these; the share of near copies is of all images drawn.",
     "An activation map shows which places moved the classifier, not where a disease is.",
 )
 NO_MAPS = "off: the classifier has no pooled linear head, from which alone they follow"

@@ -19,8 +19,8 @@ GENEROUS = {
     "coverage_ratio": 0.0,
     "recall_ratio": 0.0,
     "control_correlation": -1.0,
-    "c_t": -1e9,
     "near_copy_share": 1.0,
+    "nearer_share": 1.0,
 }
 """Limits of the gate that any figures meet."""
 

@@ -46,7 +46,7 @@ def test_the_four_presets_are_there() -> None:
         ("gan: [1, 2]", "gan"),
         ("gan: {betas: [0.5, 1.0]}", "gan.betas.1"),
         ("gan: {pretrain_kimg: .inf}", "gan.pretrain_kimg"),
-        ("gate: {c_t: .nan}", "gate.c_t"),
+        ("gate: {nearer_share: .nan}", "gate.nearer_share"),
         ("seed: 99999999999999999999", "seed"),
         ("cluster: {training: {memory: plenty}}", "cluster.training.memory"),
         ("cluster: {training: {memory: 1.5Gi}}", "cluster.training.memory"),

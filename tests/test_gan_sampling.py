@@ -177,6 +177,9 @@ def test_a_universal_generator_draws_each_class_it_knows(tmp_path):
         tmp_path / "all", tensors, {"architecture": settings.architecture, "label": None, "classes": CLASSES}
     )
     drawn = [generate(load_generator(tmp_path / "all", "cpu", label)[0], 0, range(4)) for label in CLASSES]
+    earlier = {name: value for name, value in settings.architecture.items() if name != "grey"}
+    save_checkpoint(tmp_path / "earlier", tensors, {"architecture": earlier, "label": None, "classes": CLASSES})
+    assert np.array_equal(generate(load_generator(tmp_path / "earlier", "cpu", "df")[0], 0, range(4)), drawn[0])
     assert not np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[1], drawn[2])
     with pytest.raises(CheckpointError, match="knows df, nv, vasc, not mel"):

@@ -207,10 +207,9 @@ def test_a_copying_check_that_sees_nothing_says_so():
     """Nearly one and the same image over and over: a copy is as near to the others as to its own."""
     rng = np.random.default_rng(0)
     dull = np.clip(rng.normal(100, 1, (40, 32, 32, 3)), 0, 255).astype(np.uint8)
-    found = copying_controls(dull, np.arange(40) // 2, dull[:30], 0.5, 0)
+    found = copying_controls(dull, np.arange(40) // 2, np.full(30, 0.4), 0.5, 0)
     assert found.copies_found < 0.5
-    assert (found.reals_found, found.n_reals) == (1.0, 30)  # train images, taken for unseen ones, are copies
-    assert copying_controls(dull, np.arange(40) // 2, dull[:3], 0.5, 0).n_reals == 40  # each against other groups
+    assert (found.reals_found, found.n_reals) == (1.0, 30)
 
 
 def test_an_encoder_that_fails_its_controls_is_doubted(figures, trained_encoder, tmp_path):

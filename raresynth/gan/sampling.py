@@ -57,7 +57,8 @@ def load_generator(
         chosen = label or meta["label"]
         if chosen not in meta["classes"]:
             raise CheckpointError(f"{generator_dir} knows {', '.join(meta['classes'])}, not {chosen}; name one of them")
-        residual = ResidualGenerator(*size, len(meta["classes"]), shape["grey"])
+        grey = shape.get("grey", False)  # checkpoints that do not say so were made when all were drawn in colour
+        residual = ResidualGenerator(*size, len(meta["classes"]), grey)
         residual.load_state_dict(part(tensors, "generator"))
         generator = OfClass(residual, meta["classes"].index(chosen))
     else:

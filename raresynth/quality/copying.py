@@ -8,6 +8,7 @@ by the mean distance to the next few, as Carlini et al. 2023 (section 4.2) do fo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,14 @@ Array = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
+class NearerShare(NamedTuple):
+    """Share of pairs of a synthetic and a real image in which the synthetic one is the nearer, with 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class CopyingFigures:
     """Outcome of the copying check for M synthetic images.
@@ -39,52 +48,53 @@ class CopyingFigures:
         n_near_copies: how many relative distances are under the threshold.
         authenticity: Alaa et al. 2022: share of synthetic images farther from their nearest train image than that
             image is from the nearest train image of another group.
-        c_t: Meehan et al. 2020: Mann-Whitney z of relative distances, synthetic against unseen reals.
+        reals: (U,) relative distances of unseen reals; with fewer than 20, (N,) of the train images, each against the
+            other groups.
+        nearer: `nearer_share` of the synthetic images against these.
     """
 
     relative: Array
     nearest: Integers
     n_near_copies: int
     authenticity: float
-    c_t: float
+    reals: Array
+    nearer: NearerShare
 
 
 def check_copying(
-    synthetic: Pixels, train: Pixels, train_groups: Integers, unseen: Pixels, threshold: float
+    synthetic: Pixels,
+    train: Pixels,
+    train_groups: Integers,
+    unseen: Pixels,
+    unseen_groups: Integers,
+    threshold: float,
 ) -> CopyingFigures:
     """Compare synthetic images with the train images of their class.
 
-    With fewer than 20 unseen reals C_T takes the train images instead, each against the other groups.
-
     Args:
         synthetic, train, unseen: uint8 (M, 32, 32, 3), (N, 32, 32, 3), (U, 32, 32, 3).
-        train_groups: group number of each train image, 0 to G - 1, G >= 3.
+        train_groups: group number of each train image, 0 to G - 1, G >= 3; `unseen_groups` alike, of the unseen ones.
         threshold: relative distances under it count as near copies.
     """
     reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
     own = _nearest(train, reference, train_groups, train_groups)
     found = _nearest(synthetic, reference, train_groups)
     enough = len(unseen) >= MIN_UNSEEN
-    unseen_relative = _nearest(unseen, reference, train_groups).relative if enough else own.relative
+    reals = _nearest(unseen, reference, train_groups).relative if enough else own.relative
     return CopyingFigures(
         relative=found.relative,
         nearest=found.index,
         n_near_copies=int((found.relative < threshold).sum()),
         authenticity=float((found.distance > own.distance[found.index]).mean()),
-        c_t=mann_whitney_z(found.relative, unseen_relative),
+        reals=reals,
+        nearer=nearer_share(found.relative, reals, unseen_groups if enough else train_groups),
     )
 
 
-def relative_distances(
-    images: Pixels, train: Pixels, train_groups: Integers, own_groups: Integers | None = None
-) -> Array:
-    """(M,) distance of each image to its nearest train group / mean distance to the next ones; arguments as above.
-
-    Args:
-        own_groups: (M,) the train group that each image itself belongs to, and is not compared with.
-    """
+def relative_distances(images: Pixels, train: Pixels, train_groups: Integers) -> Array:
+    """(M,) distance of each image to its nearest train group / mean distance to the next ones; arguments as above."""
     reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
-    return _nearest(images, reference, train_groups, own_groups).relative
+    return _nearest(images, reference, train_groups).relative
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:
@@ -105,13 +115,31 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
     return (max(0.0, middle - half) if count else 0.0), (min(1.0, middle + half) if count < n else 1.0)
 
 
-def mann_whitney_z(first: Array, second: Array) -> float:
-    """z-score of the Mann-Whitney U test: under 0 where values of `first` tend to be smaller."""
-    from scipy.stats import rankdata
+def nearer_share(synthetic: Array, reals: Array, groups: Integers) -> NearerShare:
+    """Share of all pairs of a synthetic image and a real in which the synthetic one's distance is less; ties are half.
 
-    n, m = len(first), len(second)
-    u = rankdata(np.concatenate([first, second]))[:n].sum() - n * (n + 1) / 2
-    return float((u - n * m / 2) / np.sqrt(n * m * (n + m + 1) / 12))
+    0.5 where the generator does not copy, 1 where it does nothing else. C_T (Meehan et al. 2020) is this share as a
+    z-score, which grows with the number of images, and would in the end reject every generator. The interval is that of
+    DeLong et al. 1988, with reals of one group, which are alike, taken together (Obuchowski 1997).
+
+    Args:
+        synthetic, reals: relative distances (M,), (U,).
+        groups: (U,) group number of each real, 0 to G - 1, G >= 2.
+    """
+    of_synthetic, of_reals = 1 - _share_below(synthetic, reals), _share_below(reals, synthetic)
+    value, m, n_groups = float(of_reals.mean()), len(synthetic), int(groups.max()) + 1
+    by_group = np.bincount(groups, weights=of_reals - value)
+    variance = np.square(of_synthetic - value).sum() / (m * (m - 1))
+    variance += np.square(by_group).sum() / len(reals) ** 2 * n_groups / (n_groups - 1)
+    half = Z_95 * float(np.sqrt(variance))
+    return NearerShare(value, max(0.0, value - half), min(1.0, value + half))
+
+
+def _share_below(values: Array, others: Array) -> Array:
+    """Of each value the share of the others that are less, those that are equal counted by half."""
+    ordered = np.sort(others)
+    sides = [np.searchsorted(ordered, values, side) for side in ("left", "right")]
+    return np.asarray((sides[0] + sides[1]) / (2 * len(others)))
 
 
 def _signatures(images: Pixels) -> npt.NDArray[np.float32]:

@@ -27,7 +27,7 @@ PARTS = 4
 """At most this many disjoint subsets of the fakes meet each half of the reals."""
 SHOWN = 16
 CONTROLLED = 100
-"""Train images, at most, that a control of the copying check looks at."""
+"""Train images, at most, of which the copying check's control makes copies."""
 
 
 def measure(
@@ -419,8 +419,9 @@ def _copying(
     def pixels(frame: pd.DataFrame, root: Path) -> Pixels:
         return load_images(frame, root, copying.SIDE, cache_dir)
 
-    own, groups, others = pixels(train, data_dir), group_numbers(train), pixels(unseen, data_dir)
-    figures = copying.check_copying(pixels(fakes, synthetic_root), own, groups, others, threshold)
+    own, groups = pixels(train, data_dir), group_numbers(train)
+    others, other_groups = pixels(unseen, data_dir), group_numbers(unseen)
+    figures = copying.check_copying(pixels(fakes, synthetic_root), own, groups, others, other_groups, threshold)
     # Those that the sieve took out before an image of this choice count too: the share is the generator's.
     taken_out, atypical = int(fakes["rejected_near_copy"].sum()), int(fakes["rejected_atypical"].sum())
     n_near_copies, n_drawn = figures.n_near_copies + taken_out, len(fakes) + taken_out + atypical
@@ -432,9 +433,11 @@ def _copying(
         high=high,
         n_drawn=n_drawn,
         threshold=threshold,
-        controls=copying_controls(own, groups, others, threshold, seed),
+        controls=copying_controls(own, groups, figures.reals, threshold, seed),
         authenticity=figures.authenticity,
-        c_t=figures.c_t,
+        nearer_share=figures.nearer.value,
+        nearer_low=figures.nearer.low,
+        nearer_high=figures.nearer.high,
         nearest=[
             NearestReal(synthetic=path, train=str(train["path"].iloc[index]), distance=float(relative))
             for path, index, relative in shown
@@ -443,22 +446,18 @@ def _copying(
 
 
 def copying_controls(
-    train: Pixels, groups: npt.NDArray[np.int64], unseen: Pixels, threshold: float, seed: int
+    train: Pixels, groups: npt.NDArray[np.int64], reals: copying.Array, threshold: float, seed: int
 ) -> CopyingControls:
     """Whether the check finds copies, and calls nothing a copy that is none.
 
     Args:
-        train, unseen: uint8 (N, 32, 32, 3), (U, 32, 32, 3); with fewer than 20 unseen reals some train images take
-            their place, each held against those of the other groups.
+        train: uint8 (N, 32, 32, 3).
         groups: group number of each train image, 0 to G - 1, G >= 3.
+        reals: relative distances of images that are no copies, as `check_copying` found them.
     """
     rng = np.random.default_rng([seed, 6])
     chosen = rng.permutation(len(train))[:CONTROLLED]
     copies = copying.relative_distances(jittered(train[chosen], rng), train, groups)
-    if len(unseen) >= copying.MIN_UNSEEN:
-        reals = copying.relative_distances(unseen, train, groups)
-    else:
-        reals = copying.relative_distances(train[chosen], train, groups, groups[chosen])
     return CopyingControls(
         copies_found=float((copies < threshold).mean()),
         n_copies=len(copies),

@@ -83,8 +83,12 @@ class Copying(Report):
     controls: CopyingControls
     authenticity: float
     """Share of synthetic images farther from their nearest train image than that one is from the other reals."""
-    c_t: float
-    """Under 0 where synthetic images lie nearer to the train images than unseen reals do; in standard errors."""
+    nearer_share: float
+    """Of pairs of a synthetic and an unseen real image the share in which the synthetic one lies nearer to the train
+    images; 0.5 without copying, 1 where all are copies."""
+    nearer_low: float
+    nearer_high: float
+    """95 % interval of it."""
     nearest: list[NearestReal]
 
 

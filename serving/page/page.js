@@ -493,12 +493,13 @@ function generatorFigures(quality) {
     const value = figure(measured.value, measured.low, measured.high);
     return [name, value, short(measured.real_real), "–", ratio(measured)];
   };
+  const nearer = figure(copying.nearer_share, copying.nearer_low, copying.nearer_high, percent);
   const rows = [
     distance("FD", quality.fd),
     distance("KID", quality.kid),
     ...["coverage", "density", "precision", "recall"].map(proportion),
     ["near copies", figure(copying.near_copy_share, copying.low, copying.high, percent), "–", "–", "–"],
-    ["C_T", short(copying.c_t), "–", "–", "–"],
+    ["nearer than unseen reals", nearer, "–", "–", "–"],
     ["authenticity", percent(copying.authenticity), "–", "–", "–"],
   ];
   if (fid) rows.push(["FID", short(fid.value), `${short(fid.floor)} (${fid.n_floor} images)`, "–", "–"]);
