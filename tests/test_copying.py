@@ -23,10 +23,11 @@ def images():
     return np.clip(128 + 60 * smooth / smooth.std(), 0, 255).astype(np.uint8)
 
 
-def check(synthetic, train, groups=None, unseen=None):
+def check(synthetic, train, groups=None, unseen=None, unseen_groups=None):
     groups = np.arange(len(train)) if groups is None else groups
     unseen = train[:0] if unseen is None else unseen
-    return check_copying(synthetic, train, groups, unseen, np.arange(len(unseen)), 0.5)
+    unseen_groups = np.arange(len(unseen)) if unseen_groups is None else unseen_groups
+    return check_copying(synthetic, train, groups, unseen, unseen_groups, 0.5)
 
 
 def test_turned_mirrored_shifted_and_recoloured_copies_are_found(images):
@@ -59,6 +60,13 @@ def test_the_reals_are_unseen_ones_where_there_are_enough_and_else_train_images(
     found = check(images[30:], images[:30], unseen=images[:25])
     assert found.nearer == (0.0, 0.0, 0.0)
     assert (len(found.reals), len(check(images[30:], images[:30], unseen=images[:3]).reals)) == (25, 30)
+
+
+def test_many_unseen_images_of_few_patients_are_not_enough(images):
+    train_instead = check(images[30:], images[:30])
+    for groups in (np.zeros(25, np.int64), np.arange(25) // 2):
+        found = check(images[30:], images[:30], unseen=images[:25], unseen_groups=groups)
+        assert found.nearer == train_instead.nearer
 
 
 def test_blocks_of_rows_give_what_one_block_gives(images, monkeypatch):

@@ -24,6 +24,7 @@ CELL = 4
 """Pixels are averaged over cells of this side."""
 NEXT_GROUPS = 5
 MIN_UNSEEN = 20
+"""Groups of unseen reals."""
 PAIRS_AT_ONCE = 2**22
 """Distances held at a time: all pairs of a class's images would not fit the memory."""
 Array = npt.NDArray[np.float64]
@@ -48,8 +49,8 @@ class CopyingFigures:
         n_near_copies: how many relative distances are under the threshold.
         authenticity: Alaa et al. 2022: share of synthetic images farther from their nearest train image than that
             image is from the nearest train image of another group.
-        reals: (U,) relative distances of unseen reals; with fewer than 20, (N,) of the train images, each against the
-            other groups.
+        reals: (U,) relative distances of unseen reals; with fewer than 20 groups of these, whose scatter would tell too
+            little, (N,) of the train images, each against the other groups.
         nearer: `nearer_share` of the synthetic images against these.
     """
 
@@ -79,7 +80,7 @@ def check_copying(
     reference = _signatures(train[:, MARGIN:-MARGIN, MARGIN:-MARGIN])
     own = _nearest(train, reference, train_groups, train_groups)
     found = _nearest(synthetic, reference, train_groups)
-    enough = len(unseen) >= MIN_UNSEEN
+    enough = len(np.unique(unseen_groups)) >= MIN_UNSEEN
     reals = _nearest(unseen, reference, train_groups).relative if enough else own.relative
     return CopyingFigures(
         relative=found.relative,
@@ -119,8 +120,8 @@ def nearer_share(synthetic: Array, reals: Array, groups: Integers) -> NearerShar
     """Share of all pairs of a synthetic image and a real in which the synthetic one's distance is less; ties are half.
 
     0.5 where the generator does not copy, 1 where it does nothing else. C_T (Meehan et al. 2020) is this share as a
-    z-score, which grows with the number of images, and would in the end reject every generator. The interval is that of
-    DeLong et al. 1988, with reals of one group, which are alike, taken together (Obuchowski 1997).
+    z-score, so that with images enough it would reject whatever lies above 0.5, by however little. The interval is that
+    of DeLong et al. 1988, with reals of one group, which are alike, taken together (Obuchowski 1997).
 
     Args:
         synthetic, reals: relative distances (M,), (U,).
