@@ -122,7 +122,8 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
+    # A package installed in an environment inside of some other repository is none of its files.
+    commit = git("rev-parse", "HEAD") if git("ls-files", "--", ".") else None
     if commit is None:
         revision = os.environ.get("RARESYNTH_REVISION", "")
         commit = revision.removesuffix("-dirty")
@@ -170,7 +171,7 @@ def read_report(path: Path, kind: type[ReportT]) -> ReportT:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; run the stage that writes it first") from error
-    except ValidationError as error:
+    except (UnicodeDecodeError, ValidationError) as error:
         raise CheckpointError(f"{path} is no {kind.__name__} of this version; run its stage again") from error
 
 

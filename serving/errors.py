@@ -2,13 +2,18 @@
 
 import functools
 import inspect
+import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
+log = logging.getLogger("raresynth.serving")
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""Of the request that is being answered."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -85,6 +90,9 @@ def answered(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
             return await method(*args, **kwargs)
         except ApiError as error:
             return error.response()
+        except Exception as error:  # BentoML logs it once more, with its traceback, and without the request's id
+            log.error("%s ends with %s: %s", request_id.get(), type(error).__name__, error)
+            raise
 
     # BentoML asks for it at every request, and finds it so at once.
     answering.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]

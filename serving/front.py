@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import metrics
 from serving.drain import Drain
-from serving.errors import ApiError
+from serving.errors import ApiError, request_id
 from serving.exchange import RETRY_S, Exchange, log
 from serving.keys import Keys
 from serving.rate import RateLimit
@@ -78,6 +78,7 @@ class Front:
             return
         route, methods = find_route(scope["method"], scope["path"])
         exchange = Exchange(route, send, Headers(scope=scope), self._drain)
+        request_id.set(exchange.request_id)
         try:
             if route is None:
                 raise _no_route(scope, methods)

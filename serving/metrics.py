@@ -3,6 +3,7 @@
 import asyncio
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,7 +136,8 @@ def hold_space() -> None:
     later = {folder / f"{kind}_{process}.db" for kind in ("gauge_livesum", "gauge_all")}  # BentoML's own
     for path in later.union(folder.glob(f"*_{process}.db")):
         with path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, _FIGURES_BYTES)
+            if sys.platform != "darwin":  # which has no such call
+                os.posix_fallocate(file.fileno(), 0, _FIGURES_BYTES)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ MAX_CHUNKS, MAX_NOTES = 12_000, 100
 """Chunks of a PNG (libpng writes one for 8 kB of pixels), and those of them that hold no pixels."""
 MAX_PARTS = 1_000
 """Chunks of a WebP."""
+MAX_HEADERS = 3
+"""Headers of Exif metadata; some writers put two."""
 LARGE_PIXELS = 8_000_000
 """Pixels from which on images are decoded one at a time: a WebP of 25 megapixels needs 500 MB for it."""
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
@@ -161,7 +163,7 @@ def _jpeg_end(content: bytes, at: int = 0) -> int:
         text = content[segment.start : segment.stop] if marker in (_APP1, _APP2) else b""
         if marker == _APP1 and text.startswith(_EXIF):
             exif += text[len(_EXIF) :]  # as PIL joins them
-        if marker == _SCAN:
+        if marker == _SCAN and scans == 1:  # PIL reads no metadata behind it
             _check_exif(bytes(exif))
         if marker == _APP2 and text.startswith(_MPF):
             _check_exif(text[len(_MPF) :])
@@ -184,9 +186,14 @@ def _segments(content: bytes, at: int) -> Iterator[tuple[int, range]]:
 
 
 def _check_exif(tiff: bytes) -> None:
-    """Refuse values that lie over one another: PIL copies each, and makes gigabytes of a few kilobytes."""
-    while tiff.startswith(_EXIF):
-        tiff = tiff[len(_EXIF) :]
+    """Refuse values that lie over one another: PIL copies each, and makes gigabytes of a few kilobytes.
+
+    Headers one behind the other too: PIL takes one off at a time, by copying all that follows.
+    """
+    for _ in range(MAX_HEADERS):
+        tiff = tiff.removeprefix(_EXIF)
+    if tiff.startswith(_EXIF):
+        raise _overdone()
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 8:
         return  # PIL reads no further either

@@ -115,6 +115,9 @@ def heavy_images() -> dict[str, bytes]:
     jpeg, png, webp = (encoded(kind) for kind in ("JPEG", "PNG", "WEBP"))
     exif = overlapping_exif(5000, 65_000)
     icc = png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000)))
+    headers, scan = b"Exif\0\0" * 100_000, jpeg.index(b"\xff\xda")
+    many = b"II*\0" + struct.pack("<LH", 8, 5_000) + struct.pack("<HHLL", 1, 3, 1, 0) * 5_000
+    nested = webp[8:] + b"EXIF" + struct.pack("<L", len(headers)) + headers
     body = webp[8:] + b"EXIF" + struct.pack("<L", 200_000) + overlapping_exif(10_000, 200_000)
     return {
         "exif values over one another": jpeg[:2] + jpeg_segment(0xE1, b"Exif\0\0" + exif) + jpeg[2:],
@@ -132,6 +135,10 @@ def heavy_images() -> dict[str, bytes]:
         "png pixels in pieces": png[:33] + png_chunk(b"IDAT", b"") * 70_000 + png[33:],
         "png profiles": png[:33] + icc * 800 + png[33:],
         "png text": png[:33] + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 90 + png[33:],
+        "png exif of headers": png[:33] + png_chunk(b"eXIf", headers) + png[33:],
+        "webp exif of headers": b"RIFF" + struct.pack("<L", len(nested)) + nested,
+        "jpeg exif of headers": jpeg[:2] + jpeg_segment(0xE1, headers[:60_000]) * 10 + jpeg[2:],
+        "jpeg exif and scans": jpeg[:2] + jpeg_segment(0xE1, b"Exif\0\0" + many) + jpeg[2:scan] + jpeg[scan:-2] * 101,
         "bomb": huge_png(30_000, 30_000),
         "100 megapixels": huge_png(10_000, 10_000),
     }

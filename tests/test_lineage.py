@@ -107,10 +107,22 @@ def test_outside_git_the_image_names_the_commit(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("RARESYNTH_REVISION", revision)
         assert lineage.git_state(tmp_path) == state
     subprocess.run(["git", "-C", tmp_path, "init", "-q"], check=True)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "file").touch()
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
     subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-qm", "first", "--allow-empty"], check=True)
-    commit, dirty = lineage.git_state(tmp_path)
+    # A package in an environment that lies inside of another repository.
+    assert lineage.git_state(tmp_path / "package") == ("4f0c", True)
+    subprocess.run(["git", "-C", tmp_path, "add", "package"], check=True)
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-qm", "second"], check=True)
+    commit, dirty = lineage.git_state(tmp_path / "package")
     assert commit is not None and len(commit) == 40 and dirty is False  # a checkout knows better
+
+
+def test_a_report_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(CheckpointError, match=r"bundle\.json is no Report of this version"):
+        lineage.read_report(tmp_path / "bundle.json", lineage.Report)
 
 
 def test_optimizer_state_comes_back_exactly() -> None:

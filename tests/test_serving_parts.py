@@ -41,8 +41,8 @@ from serving.activation import ActivationMaps
 from serving.approval import open_approved
 from serving.archives import Dropped, Order, write_archive
 from serving.batching import Batcher
-from serving.drift import ENOUGH, Drift, stability_index
-from serving.errors import CODES, ApiError
+from serving.drift import ENOUGH, Drift, beyond_chance, stability_index
+from serving.errors import CODES, ApiError, answered
 from serving.front import Front
 from serving.generation import Generation
 from serving.keys import Keys, main
@@ -342,6 +342,17 @@ def test_drift_sees_other_images_and_not_the_same_ones(accepted_bundle: Path) ->
     assert drift.indices()["brightness"] > 1 and drift.flagged_share() == pytest.approx(1 - 1 / ENOUGH)
 
 
+@pytest.mark.parametrize(("bins", "n_train"), [(20, 100), (20, 1000), (7, 30)])
+def test_a_small_reference_is_not_taken_for_drift(bins: int, n_train: int) -> None:
+    """Two samples of one distribution, of which one is small: the alert's limit is 0.2."""
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.full(bins, 3.0))
+    indices = [beyond_chance(*(rng.multinomial(n, shares).astype(float) for n in (500, n_train))) for _ in range(400)]
+    assert np.median(indices) < 0.02 and np.quantile(indices, 0.95) < 0.2
+    shifted = rng.multinomial(500, np.roll(np.sort(shares), bins // 2)).astype(float)
+    assert beyond_chance(shifted, rng.multinomial(n_train, np.sort(shares)).astype(float)) > 0.2
+
+
 # Who may ask, and how often
 
 
@@ -608,6 +619,19 @@ def test_errors_of_any_kind_come_in_one_format() -> None:
         assert error_of(response) == code
     assert asked(PlainTextResponse("x", 405), Settings(), "GET", "/model").json()["error"]["code"] == "method"
     assert error_of(asked(PlainTextResponse("x"), Settings(), "GET", "/nowhere")) == "not_found"
+
+
+def test_the_log_has_a_failures_reason_beside_its_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    @answered
+    async def failing() -> None:
+        raise RuntimeError("the reason")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await failing()
+
+    response = asked(app, Settings(), "GET", "/model", headers={"X-Request-ID": "find-me"})
+    assert response.json()["error"]["request_id"] == "find-me"
+    assert "find-me ends with RuntimeError: the reason" in caplog.messages
 
 
 def test_what_fails_in_the_front_itself_is_told_in_that_format_too() -> None:

@@ -493,13 +493,15 @@ function generatorFigures(quality) {
     const value = figure(measured.value, measured.low, measured.high);
     return [name, value, short(measured.real_real), "–", ratio(measured)];
   };
+  const { atypical } = quality; // reports of older versions do not tell
   const nearer = figure(copying.nearer_share, copying.nearer_low, copying.nearer_high, percent);
   const rows = [
     distance("FD", quality.fd),
     distance("KID", quality.kid),
     ...["coverage", "density", "precision", "recall"].map(proportion),
+    ...(atypical ? [["atypical", figure(atypical.share, atypical.low, atypical.high, percent), "–", "–", "–"]] : []),
     ["near copies", figure(copying.near_copy_share, copying.low, copying.high, percent), "–", "–", "–"],
-    ["nearer than unseen reals", nearer, "–", "–", "–"],
+    [copying.reals === "train" ? "nearer than train images to one another" : "nearer than unseen reals", nearer, "–", "–", "–"],
     ["authenticity", percent(copying.authenticity), "–", "–", "–"],
   ];
   if (fid) rows.push(["FID", short(fid.value), `${short(fid.floor)} (${fid.n_floor} images)`, "–", "–"]);
