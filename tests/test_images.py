@@ -55,12 +55,19 @@ def test_grey_images_are_known_by_any_file_and_one_coloured_pixel_is_enough(kind
     assert not all_grey(decode_image(encode(picture(), kind), 32)[None])
 
 
-def test_exif_orientation_is_applied():
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_once(kind, mode):
+    """PIL turns TIFFs itself, and nothing else."""
+    if mode == "I;16" and kind in ("JPEG", "WEBP"):
+        pytest.skip(f"{kind} has no 16-bit grey")
     image = Image.new("RGB", (32, 32), "black")
     image.paste("white", (0, 0, 32, 16))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    pixels = decode_image(encode(image, "JPEG", exif=exif, quality=95), 8)
+    pixels = decode_image(encode(image if mode == "I;16" else image.convert(mode), kind, exif=exif, quality=95), 8)
     assert pixels[:, 5:].min() > 200
     assert pixels[:, :3].max() < 50
 

@@ -142,6 +142,24 @@ def test_isic_with_lesion_groupings(data):
     assert manifest.loc["ISIC_0000005", "diagnosis_confirm_type"] == "histopathology"
 
 
+def test_an_isic_lesion_in_two_grouping_files_is_one_group(data):
+    isic(data)
+    write(data / "a.csv", "image,lesion_id,label", *(f"ISIC_{index:07d},HAM_{index // 4},MEL" for index in range(5)))
+    write(data / "b.csv", "image,lesion_id,site", *(f"ISIC_{index:07d},HAM_{index // 4},arm" for index in range(4, 10)))
+    _, manifest = importing(data)
+    assert list(manifest["group"]) == [f"HAM_{index // 4}" for index in range(10)]
+    assert (manifest["site"] == "arm").sum() == 6
+    assert (manifest["label"] == "MEL").sum() == 4
+
+
+def test_isic_grouping_files_that_disagree_are_refused(data):
+    isic(data)
+    write(data / "a.csv", "image,lesion_id", "ISIC_0000001,HAM_1")
+    write(data / "b.csv", "image,lesion_id", "ISIC_0000001,HAM_2")
+    with pytest.raises(DataError, match=r"b\.csv has ISIC_0000001 as an image of lesion HAM_2, .* of HAM_1"):
+        importing(data)
+
+
 def test_an_isic_row_without_a_label_is_kept_unlabelled(data):
     isic(data)
     truth = next(data.rglob("*.csv"))

@@ -38,6 +38,7 @@ def broken_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken") / "data"
     write_sample(samples, folder)
     (folder / "notes.txt").write_text("no image")
+    (folder / names[1]).symlink_to("nowhere")  # as DataLad leaves what was not fetched
     return folder
 
 

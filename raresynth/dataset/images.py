@@ -101,16 +101,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: pixels of 32 bits, whose range nobody can know.
     """
+    image.load()  # by which PIL turns TIFFs itself, and then says that they are upright
     turn = _turn(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in {"I", "F"}:
         raise ValueError("it has 32 bits a pixel, save it with 8 or 16")
     upright = image if turn is None else image.transpose(turn)
-    if upright.mode != "RGB":
-        return upright.convert("RGB")
-    upright.load()  # while its file is open; PIL would convert it to itself by a copy
-    return upright
+    return upright if upright.mode == "RGB" else upright.convert("RGB")  # PIL would convert it to itself by a copy
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -214,12 +214,34 @@ def import_isic(source: Source, config: DatasetConfig) -> Table:
     for name in _csvs_by_image(source):
         extra = _read_csv(source.data_dir / name)
         if name not in dict(tables):
-            fresh = ["image", *(column for column in extra.columns if column not in rows)]
-            rows = rows.merge(extra[fresh].drop_duplicates("image"), on="image", how="left").fillna("")
+            rows = _joined(rows, extra, name)
     group = "lesion_id" if "lesion_id" in rows else None
     rows = _standard(rows, tables[0][0], image="image", label="label", group=group)
     empty = tuple(sorted(labels[~one_hot.any(axis=0)]))
     return Table("isic", _locate(rows, source.images), empty)
+
+
+def _joined(rows: pd.DataFrame, extra: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows with the columns of another CSV beside them; what they have already is kept, and what is empty filled in.
+
+    Raises:
+        DataError: an image has another lesion there, so that nobody can say which images belong together.
+    """
+    told = extra.drop(columns="label", errors="ignore").drop_duplicates("image").set_index("image")
+    told = told.reindex(rows["image"]).fillna("").reset_index(drop=True)
+    if "lesion_id" in rows and "lesion_id" in told:
+        differing = (rows["lesion_id"] != told["lesion_id"]) & (rows["lesion_id"] != "") & (told["lesion_id"] != "")
+        if differing.any():
+            row = int(differing.to_numpy().argmax())
+            image, first, second = rows["image"].iloc[row], rows["lesion_id"].iloc[row], told["lesion_id"].iloc[row]
+            raise DataError(
+                f"{name} has {image} as an image of lesion {second}, and another CSV as one of {first}; "
+                "correct one of them, or take one away"
+            )
+    merged = rows.copy()
+    for column in told:
+        merged[column] = rows[column].where(rows[column] != "", told[column]) if column in rows else told[column]
+    return merged
 
 
 # Folders named by label

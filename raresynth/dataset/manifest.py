@@ -45,12 +45,12 @@ def read_synthetic(path: Path, writer: str) -> pd.DataFrame:
         writer: the stage that writes it, for the error's sentence.
 
     Raises:
-        DataError: the file is missing or empty.
+        DataError: the file is missing or damaged.
     """
     text = dict.fromkeys(("image_id", "path", "label", "generator", "sha256"), str)
     try:
         return pd.read_csv(path, dtype=text, keep_default_na=False)
-    except (OSError, pd.errors.EmptyDataError) as error:
+    except (OSError, ValueError) as error:  # the latter where it is empty, cut short, or no text
         raise DataError(f"cannot read the synthetic images' manifest {path} ({error}); run {writer} first") from error
 
 

@@ -93,5 +93,6 @@ def _paths(data_dir: Path, shard: str) -> list[str]:
     if not data_dir.is_dir():
         raise DataError(f"the data folder {data_dir} does not exist; name a folder of images")
     number, count = number_and_count(shard)
-    images = find_files(data_dir).images
-    return list(images[number * len(images) // count : (number + 1) * len(images) // count])
+    # A link to nowhere is no file; the manifest says that it is missing.
+    images = [name for name in find_files(data_dir).images if (data_dir / name).is_file()]
+    return images[number * len(images) // count : (number + 1) * len(images) // count]
