@@ -46,10 +46,14 @@ def make_batch(label: str, run: str, name: str, n: int, seed: int, truncation: f
     """
     bundle, folder = run_dir(run) / "bundle", batch_dir(name) / label
     with errors_as_sentences():
+        approved = open_bundle(bundle)
+        if label not in approved.generators:
+            raise CheckpointError(no_generator(approved, label))
+        truncation = truncation or approved.generators[label].truncation
         if not folder.exists():
-            generate_folder(bundle, label, n, seed, truncation or None, folder)
+            generate_folder(bundle, label, n, seed, truncation, folder)
         manifest = read_synthetic(folder / "manifest.csv", "generate")
-        if len(manifest) != n or set(manifest["seed"]) != {seed} or truncation not in {0, *manifest["truncation"]}:
+        if len(manifest) != n or set(manifest["seed"]) != {seed} or set(manifest["truncation"]) != {truncation}:
             raise CheckpointError(f"{folder} holds other images of {label}; choose another name for this batch")
         broken = audit_batch(folder, Generators(bundle)).broken()
         if broken:

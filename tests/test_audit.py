@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from raresynth import cli, flow
 from raresynth.audit.findings import Link
@@ -124,6 +125,38 @@ def test_a_bundle_from_before_a_knob_was_added_is_whole(bundle: Path) -> None:
     assert not audit(Subject(bundle)).broken()
 
 
+def test_a_bundle_from_before_a_knob_was_removed_is_checked_as_far_as_it_goes(bundle: Path, tiny_run: flow.Run) -> None:
+    params = json.loads((bundle / "bundle.json").read_text())["lineage"]["params"]
+    params["gate"]["c_t"] = -3.0
+
+    def as_it_was_then(records: list) -> None:
+        for record in records:
+            record["code"] = "0" * 64
+            values = [record[name] for name in ("stage", "item", "inputs", "source")]
+            record["key"] = flow.key_of(*values, params, record["weights"], record["code"])
+
+    rewrite(bundle, as_it_was_then, "lineage/records.json")
+    rewrite(bundle, lambda content: content["lineage"].update(params=params))
+    link = audit(Subject(bundle, data=tiny_run.data_dir))
+    assert not link.broken(), complaints(link)
+    (said,) = (check for check in link.checks if check.what == "params")
+    assert said.status == "unchecked" and "gate.c_t" in said.detail
+    decisions = next(below for below in link.made_from if below.name == "decisions")
+    assert decisions.checks[0].status == "unchecked"
+    flip_a_bit(bundle / "classifier" / "weights.safetensors")
+    assert "weights.safetensors: was changed" in complaints(audit(Subject(bundle)))
+
+
+def test_weights_that_the_auditor_has_not_do_not_keep_the_manifest_from_being_made_again(
+    bundle: Path, tiny_run: flow.Run
+) -> None:
+    rewrite(
+        bundle, lambda content: content["lineage"]["params"]["classifier"].update(weights="elsewhere/x.safetensors")
+    )
+    again = _images(audit(Subject(bundle, data=tiny_run.data_dir))).checks
+    assert [check.status for check in again if "runs again" in check.what] == ["ok", "ok"]
+
+
 def test_a_changed_record_is_found(bundle: Path) -> None:
     def change(records: list) -> None:
         (record,) = (record for record in records if record["stage"] == "pretrain")
@@ -197,6 +230,40 @@ def test_a_batch_is_made_again(accepted_bundle: Path, tiny_run: flow.Run, tmp_pa
     assert "copy.png: is not in manifest.csv" in said
 
 
+def test_a_damaged_batch_is_told_image_by_image(accepted_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "drawn"
+    arguments = ["--label", "vascular", "--n", "20", "--seed", "5", "--out", str(out)]
+    assert cli.main(["generate", "--bundle", str(accepted_bundle), *arguments]) == 0
+    whole = (out / "manifest.csv").read_text()
+    (out / "000000.png").unlink()
+    own = [check.what for check in audit(Subject(accepted_bundle, batch=out)).checks if check.status == "broken"]
+    assert own[:-1] == ["000000.png"]
+    cut = (out / "000001.png").read_bytes()[:400]
+    (out / "000001.png").write_bytes(cut)
+    lines = whole.splitlines()
+    lines[2] = lines[2].replace(lines[2].split(",")[7], sha256_file(out / "000001.png"))
+    lines[3] = lines[3].replace(",5,2,", ",-5,2,")
+    (out / "manifest.csv").write_text("\n".join(lines))
+    said = complaints(audit(Subject(accepted_bundle, batch=out)))
+    assert "000001.png: its pixels cannot be read" in said
+    assert "000002.png: its row in manifest.csv names no generator, seed" in said
+    for damaged in (whole.encode()[:-3] + b"\xff", whole.encode() + b'"'):
+        (out / "manifest.csv").write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot read the synthetic images' manifest"):
+            audit(Subject(accepted_bundle, batch=out))
+
+
+def test_an_image_that_would_end_the_audit_has_no_provenance(accepted_bundle: Path, tmp_path: Path) -> None:
+    pixels, text = np.zeros((8, 8, 3), np.uint8), PngInfo()
+    text.add_text("generator", "x" * 2_000_000, zip=True)
+    long, forged = tmp_path / "long.png", tmp_path / "forged.png"
+    Image.fromarray(pixels).save(long, pnginfo=text)
+    forged.write_bytes(encode_png(pixels, Provenance("0" * 64, "vascular", -1, 2**70)))
+    for image in (long, forged):
+        said = audit(Subject(accepted_bundle, image=image)).checks[-1]
+        assert said.what == "provenance" and "none is written in it" in said.detail
+
+
 def test_a_repository_with_two_versions(bundle: Path, tiny_run: flow.Run, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     repository.mkdir()
@@ -235,6 +302,47 @@ def test_a_repository_with_two_versions(bundle: Path, tiny_run: flow.Run, tmp_pa
     remote.unlink()
     with pytest.raises(DataError, match="pull"):
         audit(Subject(bundle, repo=str(repository)))
+    versions = audit(Subject(image=repository / "data" / "new.png", repo=str(repository))).checks
+    assert [check.status for check in versions[:2]] == ["unchecked", "ok"]
+
+
+def test_versions_from_before_the_remote_and_of_a_branch_that_is_gone(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    (repository / "data").mkdir(parents=True)
+
+    def run(*command: str) -> None:
+        subprocess.run(
+            command, cwd=repository, check=True, capture_output=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"}
+        )
+
+    def dvc(*arguments: str) -> None:
+        run(sys.executable, "-m", "dvc", *arguments)
+
+    def commit(message: str, *images: str) -> None:
+        for name in images:
+            Image.new("RGB", (8, 8), name).save(repository / "data" / f"{name}.png")
+        dvc("add", "-q", "data")
+        dvc("push", "-q")
+        run("git", "add", ".")
+        run("git", "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", message)
+
+    run("git", "init", "-q", "-b", "main")
+    dvc("init", "-q")
+    dvc("remote", "add", "-q", "-d", "--local", "mine", str(tmp_path / "remote"))  # which nobody else sees
+    commit("first", "red")
+    run("git", "checkout", "-q", "-b", "side")
+    commit("on a branch", "blue")
+    shutil.copy(repository / "data" / "blue.png", tmp_path)
+    (repository / "data" / "blue.png").unlink()
+    commit("taken back")
+    run("git", "checkout", "-q", "main")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    run("git", *identity, "merge", "-q", "--no-ff", "-m", "merged", "side")
+    run("git", "branch", "-q", "-d", "side")
+    dvc("remote", "add", "-q", "-d", "local", str(tmp_path / "remote"))
+    commit("with a remote")
+    checks = audit(Subject(image=tmp_path / "blue.png", repo=str(repository))).checks
+    assert [check.detail for check in checks[:2]] == ["does not hold it", "holds it as blue.png"]
 
 
 def test_the_command_line(bundle: Path, tiny_run: flow.Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,17 @@ def test_what_a_killed_task_left_of_a_batch_is_no_batch(tmp_path: Path, monkeypa
         (task.batch_dir("july") / name).mkdir(parents=True)
         (task.batch_dir("july") / name / "manifest.csv").touch()
     assert task.batches_of("july") == [task.batch_dir("july") / "df"]
+
+
+def test_a_batch_of_another_truncation_is_not_taken_for_the_one_asked_for(
+    accepted_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(task, "VOLUME", tmp_path)
+    shutil.copytree(accepted_bundle, tmp_path / "runs" / "skin" / "bundle")
+    for truncation in (0.5, 0.5, 0.0):  # made, found, and refused: 0 is that of the images that the gate judged
+        with pytest.raises(SystemExit) if not truncation else nullcontext():
+            batches.make_batch("vascular", "skin", "july", 4, 1, truncation, made(dsl.HTML, tmp_path, "page"))
+    assert "holds other images of vascular; choose another name" in capsys.readouterr().err
 
 
 def test_a_bundle_without_generators_makes_no_batch_and_says_why(

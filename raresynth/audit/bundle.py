@@ -28,6 +28,7 @@ Records = Mapping[str, flow.Record]
 """Stage and item, as "finetune/melanoma" -> record."""
 
 T = TypeVar("T")
+OTHER_VERSION = "this version of raresynth has other code for it; take the one of the bundle's commit"
 
 
 def audit_bundle(folder: Path, data: Path | None) -> Link:
@@ -48,9 +49,9 @@ def audit_bundle(folder: Path, data: Path | None) -> Link:
         root.unchecked(f"code's commit {lineage.commit}", "tracked files differed from it; each record has their hash")
     else:
         root.note("code's commit", lineage.commit)
-    params = _read(root, "params", lambda: Params.model_validate(lineage.params))
+    params = _params(root, bundle)
     records = _read(root, "records of the stages", lambda: _records(folder))
-    if params is None or records is None:
+    if records is None:
         return root
     _check_models(root, bundle, records)
     _check_decisions(root, folder, bundle, records, params)
@@ -63,6 +64,18 @@ def audit_bundle(folder: Path, data: Path | None) -> Link:
 def _open(folder: Path) -> Bundle:
     check_digest(folder)
     return read_report(folder / "bundle.json", Bundle)
+
+
+def _params(link: Link, bundle: Bundle) -> Params | None:
+    """None where they have knobs that this version has not; the keys of the records tell whether they were changed."""
+    try:
+        params = Params.model_validate(bundle.lineage.params)
+    except ValidationError as error:
+        knobs = ", ".join(".".join(map(str, wrong["loc"])) for wrong in error.errors())
+        link.unchecked("params", f"this version of raresynth has other knobs ({knobs}); take the bundle's commit's")
+        return None
+    link.note("params", "")
+    return params
 
 
 def _records(folder: Path) -> Records:
@@ -124,12 +137,25 @@ def _check_weights(link: Link, place: str, digest: str, bundle: Bundle, records:
     link.check(f"weights are those that {stage} left", left.get("weights.safetensors") == digest, "they are others")
 
 
-def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records, params: Params) -> None:
+def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records, params: Params | None) -> None:
     """The class gate is a pure function of reports and limits, so it decides again."""
     below = link.below("decisions")
+    gate = records.get("gate/all")
+    other_gate = gate is not None and gate.code != code_hash(*flow.STAGES["gate"].code)
     for label, entry in bundle.decisions["classes"].items():
-        wrong = _wrong_decision(folder, label, entry, records, params)
-        below.check(f"{label}: {entry['decision']}", not wrong, wrong)
+        what, measured = f"{label}: {entry['decision']}", records.get(f"measure/{label}")
+        if measured is None or measured.status != "done":
+            below.check(what, entry["decision"] != "accepted", "accepted without having been measured")
+            continue
+        figures = folder / "lineage" / "quality" / f"{label}.json"
+        if not figures.is_file() or sha256_file(figures) != measured.files.get(f"{measured.output}/report.json"):
+            below.check(what, False, f"its figures are not those that measure/{label} left")
+            continue
+        wrong = _wrong_decision(figures, entry, params)
+        if wrong and other_gate:
+            below.unchecked(what, OTHER_VERSION)
+        else:
+            below.check(what, not wrong, wrong)
     accepted = {label for label, entry in bundle.decisions["classes"].items() if entry["decision"] == "accepted"}
     below.check("its generators are the accepted ones", accepted == set(bundle.generators), "they are others")
     evaluation, record = folder / "lineage" / "evaluation.json", records.get("evaluate/all")
@@ -140,14 +166,14 @@ def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records,
         below.check(f"release of {release['arm']}", release == bundle.decisions["release"], "evaluate said otherwise")
 
 
-def _wrong_decision(folder: Path, label: str, entry: Mapping[str, Any], records: Records, params: Params) -> str:
-    record = records.get(f"measure/{label}")
-    if record is None or record.status != "done":
-        return "accepted without having been measured" if entry["decision"] == "accepted" else ""
-    path = folder / "lineage" / "quality" / f"{label}.json"
-    if not path.is_file() or sha256_file(path) != record.files.get(f"{record.output}/report.json"):
-        return f"its figures are not those that measure/{label} left"
-    again = decide([read_report(path, QualityReport)], params.gate)[label]
+def _wrong_decision(figures: Path, entry: Mapping[str, Any], params: Params | None) -> str:
+    if params is None:
+        return "its limits cannot be read"
+    try:
+        report = read_report(figures, QualityReport)
+    except CheckpointError as error:
+        return str(error)
+    (again,) = decide([report], params.gate).values()
     return "" if again.model_dump(mode="json") == entry else f"its figures say {again.decision}"
 
 
@@ -167,7 +193,7 @@ def _check_records(link: Link, bundle: Bundle, records: Records) -> None:
 
 
 def _check_images(
-    link: Link, folder: Path, bundle: Bundle, records: Records, params: Params, data: Path | None
+    link: Link, folder: Path, bundle: Bundle, records: Records, params: Params | None, data: Path | None
 ) -> None:
     below = link.below("validated images")
     validation, manifest = records.get("validate/all"), records.get("build-manifest/all")
@@ -207,15 +233,21 @@ def read_images(folder: Path) -> dict[str, tuple[str, str]]:
         return {row["sha256"]: (row["label"], row["split"]) for row in csv.DictReader(file)}
 
 
-def _repeat(link: Link, data: Path, params: Params, manifest: flow.Record, validation: flow.Record) -> None:
+def _repeat(link: Link, data: Path, params: Params | None, manifest: flow.Record, validation: flow.Record) -> None:
     """Manifest and validation made again from the raw images, where the code is still the one that made them."""
-    if code_hash(*flow.STAGES["validate"].code) != validation.code:
-        why = "this version of raresynth has other code for it; take the one of the bundle's commit"
-        link.unchecked("made again from the raw images", why)
+    if params is None or code_hash(*flow.STAGES["validate"].code) != validation.code:
+        link.unchecked("made again from the raw images", OTHER_VERSION)
         return
-    undivided = params.model_copy(update={"compute": ComputeConfig()})  # shards leave the same files
+    # Neither shards nor weights change these files; weights named by a path may lie on another machine.
+    alone = params.model_copy(
+        update={
+            "compute": ComputeConfig(),
+            "classifier": params.classifier.model_copy(update={"weights": "scratch"}),
+            "quality": params.quality.model_copy(update={"inception": "none"}),
+        }
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        again = flow.Run(data, Path(scratch), undivided)
+        again = flow.Run(data, Path(scratch), alone)
         for before in (manifest, validation):
             made = _read(link, f"{before.stage} runs again", partial(flow.execute, before.stage, again))
             if made is None:

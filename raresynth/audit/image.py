@@ -11,11 +11,11 @@ from raresynth.bundle.contents import open_bundle
 from raresynth.errors import DataError
 
 
-def audit_image(file: Path, versions: Mapping[str, Mapping[str, str]], bundle: Path | None) -> Link:
+def audit_image(file: Path, versions: Mapping[str, Mapping[str, str] | DataError], bundle: Path | None) -> Link:
     """Look an image up. It is compared byte for byte: a copy that was saved anew is another image.
 
     Args:
-        versions: name of each data version -> md5 of each of its files -> path.
+        versions: name of each data version -> md5 of each of its files -> path, or why they cannot be listed.
 
     Raises:
         DataError: the file cannot be read.
@@ -28,7 +28,10 @@ def audit_image(file: Path, versions: Mapping[str, Mapping[str, str]], bundle: P
     sha256, md5 = (hashlib.new(name, content, usedforsecurity=False).hexdigest() for name in ("sha256", "md5"))
     link = Link(f"image {file}, SHA-256 {sha256}")
     for version, paths in versions.items():
-        link.note(f"data version {version}", f"holds it as {paths[md5]}" if md5 in paths else "does not hold it")
+        if isinstance(paths, DataError):
+            link.unchecked(f"data version {version}", str(paths))
+        else:
+            link.note(f"data version {version}", f"holds it as {paths[md5]}" if md5 in paths else "does not hold it")
     if bundle is not None:
         open_bundle(bundle)
         label, split = read_images(bundle).get(sha256, ("", ""))

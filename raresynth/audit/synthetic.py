@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from raresynth.audit.findings import Link
 from raresynth.bundle.contents import open_bundle
@@ -16,7 +16,7 @@ from raresynth.dataset.images import Pixels
 from raresynth.dataset.manifest import read_synthetic
 from raresynth.errors import CheckpointError, DataError
 from raresynth.gan.latents import CHUNK
-from raresynth.gan.png import Provenance, read_provenance
+from raresynth.gan.png import Provenance, read_provenance, written
 
 ROUNDING = 1
 """Levels of 255 by which a pixel may differ: a run's images were drawn by torch, a bundle's by onnxruntime."""
@@ -48,7 +48,11 @@ class Generators:
             link.check(what, False, f"the bundle's generator of {said.label} is {generator}")
             return
         again = self._chunk(said.label, said.seed, said.index - said.index % CHUNK, said.truncation)[said.index % CHUNK]
-        pixels = decode(content)
+        try:
+            pixels = decode(content)
+        except Exception as error:  # as above
+            link.check(what, False, f"its pixels cannot be read: {error}")
+            return
         same = pixels.shape == again.shape and np.abs(pixels.astype(int) - again.astype(int)).max() <= ROUNDING
         link.check(what, bool(same), f"the generator makes another image of seed {said.seed}, index {said.index}")
 
@@ -72,10 +76,12 @@ def audit_batch(folder: Path, generators: Generators) -> Link:
     root = root_of(folder, table)
     for row in table.to_dict("records"):
         name, path = str(row["path"]), root / str(row["path"])
-        said = Provenance(row["generator"], row["label"], int(row["seed"]), int(row["index"]), float(row["truncation"]))
+        said = written(row)
         content = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
             link.check(name, False, "was changed" if content else "is missing")
+        elif said is None:
+            link.check(name, False, "its row in manifest.csv names no generator, seed, index and truncation")
         elif provenance(content) != said:
             link.check(name, False, "says another origin than manifest.csv does")
         else:
@@ -89,7 +95,7 @@ def audit_batch(folder: Path, generators: Generators) -> Link:
 def root_of(folder: Path, table: pd.DataFrame) -> Path:
     """Where the paths in a batch's manifest begin."""
     # synthesize names its files from the folder above, where all classes lie side by side.
-    return folder if all((folder / path).exists() for path in table["path"][:1]) else folder.parent
+    return folder if any((folder / path).exists() for path in table["path"]) else folder.parent
 
 
 def provenance(content: bytes) -> Provenance | None:
@@ -97,7 +103,7 @@ def provenance(content: bytes) -> Provenance | None:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return read_provenance(image)
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    except Exception:  # a broken or hostile file can raise anything in PIL's parsers
         return None
 
 

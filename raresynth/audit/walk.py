@@ -58,19 +58,28 @@ def audit(subject: Subject) -> Link:
         return batch
 
 
-def _versions(data: Path | None, repository: Repository | None) -> dict[str, dict[str, str]]:
-    """Name of each data version at hand -> md5 of each of its files -> path."""
+def _versions(data: Path | None, repository: Repository | None) -> dict[str, dict[str, str] | DataError]:
+    """Name of each data version at hand -> md5 of each of its files -> path, or why they cannot be listed.
+
+    Raises:
+        DataError: none can.
+    """
     if data is not None:
         files = [above / name for above, names in walk(data) for name in names]
         return {f"{data}, {dvc_dir_md5(data)}": {md5_file(file): file.relative_to(data).as_posix() for file in files}}
     if repository is None:
         return {}
-    return {
-        f"{v.path} {v.md5}, commit {v.commit[:12]} of {v.date}": {
-            md5: path for path, md5 in repository.files(v).items()
-        }
-        for v in repository.versions()
-    }
+    found: dict[str, dict[str, str] | DataError] = {}
+    for version in repository.versions():
+        name = f"{version.path} {version.md5}, commit {version.commit[:12]} of {version.date}"
+        try:
+            found[name] = {md5: path for path, md5 in repository.files(version).items()}
+        except DataError as error:
+            found[name] = error
+    errors = [files for files in found.values() if isinstance(files, DataError)]
+    if errors and len(errors) == len(found):
+        raise errors[0]
+    return found
 
 
 def _audit_bundle(folder: Path, data: Path | None, repository: Repository | None) -> Link:

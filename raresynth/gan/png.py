@@ -1,8 +1,10 @@
 """Synthetic images as files: from network output to pixels, and to PNG that names its origin. Knows no torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,10 +44,15 @@ def encode_png(pixels: Pixels, provenance: Provenance) -> bytes:
 
 def read_provenance(image: Image.Image) -> Provenance | None:
     """What `encode_png` wrote into an image; None where there is nothing, or nothing that makes sense."""
-    text = image.info
+    return written(image.info)
+
+
+def written(text: Mapping[Any, Any]) -> Provenance | None:
+    """The provenance that stands in an image's text or a manifest's row; None where none does that makes sense."""
     try:
-        return Provenance(
+        said = Provenance(
             text["generator"], text["label"], int(text["seed"]), int(text["index"]), float(text["truncation"])
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+    return said if 0 <= said.seed < 2**63 and 0 <= said.index < 2**63 and 0 < said.truncation <= 1 else None

@@ -144,7 +144,7 @@ class Repository:
     def versions(self) -> list[Version]:
         """Every version of every folder, oldest first, each with the first commit that has it."""
         found: dict[tuple[str, str], Version] = {}
-        log = self.git("log", "--all", "--reverse", "--format=%H %cI", "--", "*.dvc")
+        log = self.git("log", "--all", "--full-history", "--reverse", "--format=%H %cI", "--", "*.dvc")
         for commit, date in (line.split() for line in log.splitlines()):
             for path, md5 in self.folders(commit).items():
                 found.setdefault((path, md5), Version(commit, date, path, md5))
@@ -152,8 +152,8 @@ class Repository:
 
     def fetch(self, version: Version) -> Path:
         """The folder, from the DVC remote; DVC itself does not look whether its content is the right one."""
-        self.check_out(version.commit)
-        self.dvc("pull", "--force", version.path, what=f"get {version.path} of commit {version.commit[:12]} from")
+        what = f"get {version.path} of commit {version.commit[:12]} from"
+        self._asked(version, "pull", "--force", version.path, what=what)
         return self.folder / version.path
 
     def files(self, version: Version) -> dict[str, str]:
@@ -162,15 +162,32 @@ class Repository:
         Raises:
             DataError: the remote has no such list, or another one.
         """
-        self.check_out(version.commit)
         what = f"list {version.path} of commit {version.commit[:12]} from"
-        entries = json.loads(self.dvc("list", "--recursive", "--show-hash", "--json", ".", version.path, what=what))
+        arguments = ("list", "--recursive", "--show-hash", "--json", ".", version.path)
+        entries = json.loads(self._asked(version, *arguments, what=what))
         files = {entry["path"]: entry["md5"] for entry in entries if entry.get("md5")}
         md5 = dvc_list_md5(files)  # DVC itself does not look whether the list is the right one
         if md5 != version.md5:
             what = f"the DVC remote of {self.url} lists {md5} as the files of {version.path} {version.md5}"
             raise DataError(f"{what}: its list was changed there; put the original back from a good copy")
         return files
+
+    def _asked(self, version: Version, *arguments: str, what: str) -> str:
+        """What DVC prints at a version's commit; where that names no remote that has it, with today's DVC config."""
+        try:
+            self.check_out(version.commit)
+            return self.dvc(*arguments, what=what)
+        except DataError as error:  # the images were committed before the remote, or it moved since
+            today = self.call("git", "show", "refs/remotes/origin/HEAD:.dvc/config")
+            if today.returncode:
+                raise
+            (self.folder / ".dvc").mkdir(exist_ok=True)
+            (self.folder / ".dvc" / "config").write_text(today.stdout, encoding="utf-8")
+            try:
+                self._set_up()
+                return self.dvc(*arguments, what=what)
+            except DataError:
+                raise error from None
 
     def holds(self, commit: str) -> bool:
         """Whether the repository has this commit."""
@@ -185,6 +202,9 @@ class Repository:
         self.git("checkout", "--quiet", "--force", "--detach", commit)
         if not (self.folder / ".dvc" / "config").is_file():
             raise DataError(f"{self.url} has no .dvc/config at commit {commit[:12]}; set up DVC and its remote there")
+        self._set_up()
+
+    def _set_up(self) -> None:
         (self.folder / ".dvc" / "config.local").write_text(self._settings, encoding="utf-8")
         self.remote_inside()
 
