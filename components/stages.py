@@ -286,6 +286,7 @@ def package(
     params: str,
     store: str,
     code: str,
+    manifest: dsl.Input[dsl.Artifact],
     validation: dsl.Input[dsl.Artifact],
     encoder: dsl.Input[dsl.Artifact],
     decisions: dsl.Input[dsl.Artifact],
@@ -303,6 +304,7 @@ def package(
         code,
         record.path,
         {
+            "build-manifest": manifest.path,
             "validate": validation.path,
             "train-encoder": encoder.path,
             "gate": decisions.path,

@@ -104,8 +104,8 @@ class Flow:
             where: data, params, store and code, as every stage takes them.
         """
         probes = self.probes(shards=shards, **where)
-        manifest = self.place(stages.build_manifest, **where).after(probes)
-        checked = self.place(stages.validate, **where, manifest=manifest.outputs["record"]).after(probes)
+        listed = self.place(stages.build_manifest, **where).after(probes).outputs["record"]
+        checked = self.place(stages.validate, **where, manifest=listed).after(probes)
         validation = checked.outputs["record"]
         encoder = self.place(stages.train_encoder, **where, validation=validation).outputs["record"]
         universal = self.place(stages.pretrain, **where, validation=validation, encoder=encoder).outputs["record"]
@@ -120,7 +120,7 @@ class Flow:
         arms = self.classifier_arms(arms=gated.outputs["Output"], **where, validation=validation, decisions=decisions)
         evaluated = self.place(stages.evaluate, **where, validation=validation, decisions=decisions).after(arms)
         judged = {**measured, "decisions": decisions, "evaluation": evaluated.outputs["record"]}
-        bundle = self.place(stages.package, **where, **judged).after(classes, arms).outputs["record"]
+        bundle = self.place(stages.package, **where, **judged, manifest=listed).after(classes, arms).outputs["record"]
         self.place(stages.report, **where, **judged, universal=universal, bundle=bundle).after(classes, arms)
         with dsl.If(evaluated.outputs["Output"] == "real+synthetic", name="synthetic-arm-approved"):
             self.place(stages.release_synthetic, store=where["store"], bundle=bundle)

@@ -15,7 +15,7 @@ from typing import IO
 from components import task
 from raresynth.config import load_params
 from raresynth.errors import INTERRUPTED, RaresynthError, describe
-from raresynth.flow import alone_in
+from raresynth.flow import Run, alone_in, note_start
 from raresynth.report.summary import summarize
 
 
@@ -25,6 +25,7 @@ def main() -> int:
     try:
         params = load_params(params_path)
         with alone_in(store), tempfile.TemporaryDirectory(prefix="raresynth-") as scratch:
+            note_start(Run(data, store, params), params_path)
             _end_on_interrupt(scratch)
             error = _run_pipeline(data.resolve(), params.model_dump_json(), store.resolve(), Path(scratch))
     except (RaresynthError, OSError) as refused:

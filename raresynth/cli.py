@@ -164,7 +164,7 @@ def _check_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    _open_run(arguments.data, arguments.params, arguments.out)
+    _open_run(arguments.data, arguments.params, arguments.out)  # so that what cannot be used is refused at once
     _hand_over("pipelines.run", arguments.data, arguments.params, arguments.out)
 
 
@@ -182,12 +182,13 @@ def _hand_over(module: str, *arguments: object) -> NoReturn:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
-    run = _open_run(arguments.data, arguments.params, arguments.out)
+    run, params = _open_run(arguments.data, arguments.params, arguments.out)
     known = flow.items(run, flow.STAGES[arguments.stage].each)
     if arguments.item is not None and arguments.item not in known:
         choice = f"choose from {', '.join(known)}" if known else "it has nothing to do"
         raise ParamsError(f"{arguments.stage} has no {arguments.item!r} in this run; {choice}")
     with flow.alone_in(run.store):
+        flow.note_start(run, params)
         if arguments.item is not None:
             records = [flow.execute(arguments.stage, run, arguments.item)]
         else:
@@ -213,8 +214,8 @@ def _stage(arguments: argparse.Namespace) -> None:
         print(f"{arguments.stage}: nothing to do, {why}")
 
 
-def _open_run(data: Path | None, params: Path | None, store: Path) -> flow.Run:
-    """The run in folder `store`; data and params left out are those it had last.
+def _open_run(data: Path | None, params: Path | None, store: Path) -> tuple[flow.Run, Path]:
+    """The run in folder `store` and its params file; data and params left out are those it had last.
 
     Raises:
         RaresynthError: a folder or file cannot be used, or the run would overwrite what is not its own.
@@ -231,9 +232,7 @@ def _open_run(data: Path | None, params: Path | None, store: Path) -> flow.Run:
     if not data.is_dir():
         raise DataError(f"the data folder {data} does not exist; name the folder that holds the images")
     _check_place(store, data)
-    run = flow.Run(data, store, load_params(params))
-    flow.note_start(run, params)
-    return run
+    return flow.Run(data, store, load_params(params)), params
 
 
 def _check_place(store: Path, data: Path) -> None:
@@ -249,8 +248,9 @@ def _tune(arguments: argparse.Namespace) -> None:
 
     if not 0 < arguments.minutes < math.inf:
         raise ParamsError(f"--minutes {arguments.minutes:g} is no time budget; give a number above 0")
-    run = _open_run(arguments.data, arguments.params, arguments.out)
+    run, params = _open_run(arguments.data, arguments.params, arguments.out)
     with flow.alone_in(run.store):
+        flow.note_start(run, params)
         report = tune(run, arguments.minutes * 60)
     best = report.trials[0]
     knobs = ", ".join(f"{name} {value:.3g}" for name, value in best.knobs.items())
@@ -261,10 +261,12 @@ def _tune(arguments: argparse.Namespace) -> None:
 def _export_dataset(arguments: argparse.Namespace) -> None:
     from raresynth.dataset.export import export_dataset
 
-    run = _open_run(None, None, arguments.out)
+    run, _ = _open_run(None, None, arguments.out)
     manifest = run.store / flow.STAGES["validate"].place / "manifest.csv"
     accepted = run.store / flow.STAGES["gate"].place / "accepted.csv"
-    export_dataset(run.data_dir, manifest, accepted, run.store, arguments.to)
+    with flow.alone_in(run.store):
+        flow.check_together(run, flow.records_before("train-classifier", run))
+        export_dataset(run.data_dir, manifest, accepted, run.store, arguments.to)
     print(f"balanced set -> {arguments.to}")
 
 

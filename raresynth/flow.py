@@ -14,7 +14,7 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class Record(lineage.Report):
     inputs: dict[str, str]
     """Upstream `stage/item` -> SHA-256 of what it left."""
     source: str
-    """`.dir` hash of the image folder, or of a shard of it, where the stage is the first to read it; else empty."""
+    """`.dir` hash of the image folder, or of a shard of it, where the stage is the first to read it or names it."""
     weights: dict[str, str]
     """Params section -> SHA-256 of the weights file that it names."""
     code: str
@@ -396,6 +396,7 @@ def _package(task: Task) -> Outcome:
     package(
         Sources(
             data_dir=run.data_dir,
+            data_md5=task.needs["build-manifest"][ALL].source,
             manifest=task.manifest,
             validation_dir=task.path("validate"),
             encoder_dir=task.path("train-encoder"),
@@ -468,6 +469,11 @@ def _md5_of_folder(run: Run, _: str, needs: Needs) -> str:
     return lineage.dvc_dir_md5(run.data_dir, {path: seen.md5 for path, seen in _seen(run, needs).items()})
 
 
+def _md5_that_was_read(_: Run, __: str, needs: Needs) -> str:
+    """Other files beside the images change it too: another data version, which the bundle then names."""
+    return needs["build-manifest"][ALL].source
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of the flow.
@@ -479,7 +485,7 @@ class Stage:
         code: library parts that change its result.
         place: where its result lies below the run's folder, with {item} and {key} filled in.
         each: what it is repeated for; a part is a shard of a class.
-        source: hash of the raw images that it is the first to read.
+        source: hash of the raw images that it is the first to read, or names.
         extra: further files it leaves, outside its place.
     """
 
@@ -509,7 +515,7 @@ STAGES: dict[str, Stage] = {
         _train_encoder,
         ("validate",),
         ("seed", "encoder"),
-        (*_TRAINING, "quality/encoder.py"),
+        (*_TRAINING, *(f"quality/{name}.py" for name in ("controls", "distances", "encoder"))),
         "checkpoints/train-encoder/{item}/{key}",
         resumes=True,
     ),
@@ -587,10 +593,21 @@ STAGES: dict[str, Stage] = {
     ),
     "package": Stage(
         _package,
-        ("validate", "train-encoder", "finetune", "synthesize", "measure", "gate", "train-classifier", "evaluate"),
+        (
+            "build-manifest",
+            "validate",
+            "train-encoder",
+            "finetune",
+            "synthesize",
+            "measure",
+            "gate",
+            "train-classifier",
+            "evaluate",
+        ),
         tuple(Params.model_fields),
         ("",),
         "bundle",
+        source=_md5_that_was_read,
     ),
     "report": Stage(
         _report,
@@ -774,7 +791,24 @@ def _upstream(spec: Stage, run: Run, item: str, given: Mapping[str, Path]) -> di
                 f"{run.store} no longer holds the result of {name} that this run was handed: another run of the same "
                 "name has replaced it; start this one without cache (submit --no-cache), or under another name"
             )
+    check_together(run, [record for records in needs.values() for record in records.values()])
     return needs
+
+
+def check_together(run: Run, records: Collection[Record]) -> None:
+    """Refuse results of which one was made from another state of the other than there is now.
+
+    Raises:
+        CheckpointError: there are such, as after a run with other params that was interrupted.
+    """
+    left = {f"{record.stage}/{record.item}": record.digest for record in records}
+    for record in records:
+        for name, digest in record.inputs.items():
+            if left.get(name, digest) != digest:
+                raise CheckpointError(
+                    f"the result of {record.stage} in {run.store} was made from another result of {name} than the one "
+                    "there is now; start the whole run again, which brings it up to date"
+                )
 
 
 def _wanted(run: Run, each: Each | None, item: str, upstream: Each | None) -> list[str]:
@@ -876,8 +910,9 @@ def edit_run_json(store: Path) -> Iterator[dict[str, Any]]:
 def note_start(run: Run, params_path: Path) -> None:
     """Note in run.json which data and params this run has, and on what machine."""
     with edit_run_json(run.store) as log:
-        log["data"] = os.path.relpath(run.data_dir, run.store)
-        log["params"] = os.path.relpath(params_path, run.store)
+        store = run.store.resolve()  # the way back out of a folder that a link leads into
+        log["data"] = os.path.relpath(run.data_dir, store)
+        log["params"] = os.path.relpath(params_path, store)
         log["machine"] = {
             "system": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),

@@ -68,7 +68,8 @@ def tune(run: flow.Run, budget_s: float) -> TuningReport:
     folder = run.store / "tuning"
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search = sha256_json([run.params.model_dump(mode="json"), labels])[:16]
+    images = [flow.read_record(run.store, stage).digest for stage in ("validate", "train-encoder")]
+    search = sha256_json([run.params.model_dump(mode="json"), labels, images])[:16]
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "trials.log"))),
         study_name=search,
@@ -77,7 +78,7 @@ def tune(run: flow.Run, budget_s: float) -> TuningReport:
     _take_up(study)
     # A sampler begins with the same numbers whenever it is made, and would choose what it chose when it began.
     seed = run.params.seed + len(study.get_trials(deepcopy=False))
-    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
+    study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=4)
     trials_dir = folder / search
     with progress("tune", max(1, round(budget_s)), "seconds") as advance:
         while True:

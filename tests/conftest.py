@@ -105,6 +105,7 @@ def accepted_bundle(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory
 
     sources = Sources(
         data_dir=tiny_run.data_dir,
+        data_md5=lineage.dvc_dir_md5(tiny_run.data_dir),
         manifest=folder("validate") / "manifest.csv",
         validation_dir=folder("validate"),
         encoder_dir=folder("train-encoder"),

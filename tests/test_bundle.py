@@ -171,6 +171,21 @@ def test_bundle_accounts_for_itself(bundle: Path, tiny_run: flow.Run) -> None:
         assert str(Path(__file__).parents[1]).encode() not in graph.read_bytes()
 
 
+def test_another_data_version_of_the_same_images_is_a_bundle_of_its_own(tiny_run: flow.Run, tmp_path: Path) -> None:
+    """A file beside the images changes the hash by which DVC knows them, and nothing that was learned."""
+    data, store = tmp_path / "data", tmp_path / "store"
+    shutil.copytree(tiny_run.data_dir, data)
+    shutil.copytree(tiny_run.store, store)
+    (data / "LICENCE.txt").write_text("free")
+    for stage in flow.STAGES:
+        flow.execute_all(stage, flow.Run(data, store, tiny_run.params))
+    named = open_bundle(store / "bundle").lineage.data_md5
+    assert named == lineage.dvc_dir_md5(data) != lineage.dvc_dir_md5(tiny_run.data_dir)
+    trained = [flow.read_record(run, "pretrain") for run in (store, tiny_run.store)]
+    assert trained[0] == trained[1]
+    assert named in (store / "report.html").read_text()
+
+
 def test_a_run_without_accepted_generators_says_why(tiny_run: flow.Run) -> None:
     content = open_bundle(tiny_run.store / "bundle")
     accepted = [label for label, entry in content.decisions["classes"].items() if entry["decision"] == "accepted"]

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from raresynth import cli, flow
@@ -123,6 +125,44 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, params: Path) -> Non
 
     with only_run_of(tmp_path), pytest.raises(RaresynthError, match="another run"), only_run_of(tmp_path):
         pass
+
+
+def test_a_run_that_is_refused_leaves_the_others_note_as_it_is(
+    tiny_run: flow.Run, tmp_path: Path, params: Path
+) -> None:
+    out = tmp_path / "out"
+    flow.note_start(flow.Run(tiny_run.data_dir, out, tiny_run.params), params)
+    noted = (out / "run.json").read_bytes()
+    (tmp_path / "other").mkdir()
+    for command in ("run", "build-manifest"):
+        with flow.alone_in(out):
+            done = run(command, "--data", tmp_path / "other", "--params", params, "--out", out)
+        assert "another run is at work" in sentence(done)
+        assert (out / "run.json").read_bytes() == noted
+
+
+def test_out_may_be_a_link_to_another_disk(tiny_run: flow.Run, tmp_path: Path, params: Path) -> None:
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "disk" / "deep")
+    assert run("build-manifest", "--data", tiny_run.data_dir, "--params", params, "--out", out).returncode == 0
+    done = run("build-manifest", "--out", out)
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_that_do_not_belong_together_are_refused(tiny_run: flow.Run, tmp_path: Path) -> None:
+    """A finished run started again with another seed, which is interrupted: images have changed their splits."""
+    store, params = tmp_path / "store", tmp_path / "params.yaml"
+    shutil.copytree(tiny_run.store, store)
+    again = flow.Run(tiny_run.data_dir, store, tiny_run.params.model_copy(update={"seed": 1}))
+    params.write_text(yaml.safe_dump(again.params.model_dump(mode="json")))
+    flow.note_start(again, params)
+    for stage in ("build-manifest", "validate"):
+        flow.execute(stage, again)
+    for command in (("export-dataset", "--to", tmp_path / "export"), ("report",), ("package",)):
+        said = sentence(run(command[0], "--out", store, *command[1:]))
+        assert "was made from another result of validate/all than the one there is now; start the whole run" in said
+    assert not (tmp_path / "export").exists()
 
 
 def test_what_a_killed_run_left_half_written_goes_and_nothing_else(tmp_path: Path) -> None:

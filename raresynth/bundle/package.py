@@ -28,6 +28,7 @@ class Sources:
     """What the bundle is made from; folders of finished stages.
 
     Attributes:
+        data_md5: `.dir` hash of the image folder, as it was read.
         generator_dirs: label -> checkpoint of its generator, accepted or not.
         classifier_dirs: arm -> checkpoint.
         decisions: the run's decisions.json.
@@ -37,6 +38,7 @@ class Sources:
     """
 
     data_dir: Path
+    data_md5: str
     manifest: Path
     validation_dir: Path
     encoder_dir: Path
@@ -147,7 +149,7 @@ def _lineage(sources: Sources, params: Params) -> Lineage:
     return Lineage(
         commit=commit,
         dirty=dirty,
-        data_md5=lineage.dvc_dir_md5(sources.data_dir),
+        data_md5=sources.data_md5,
         manifest_sha256=lineage.sha256_file(sources.manifest),
         validation_sha256=lineage.sha256_file(sources.validation_dir / "report.json"),
         encoder_sha256=lineage.sha256_file(sources.encoder_dir / "weights.safetensors"),
