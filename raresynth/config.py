@@ -220,6 +220,8 @@ class GateConfig(Config):
     accepted. One swap of neighbouring steps leaves 0.9 or more."""
     near_copy_distance: Share = 0.5
     """A near copy lies nearer to a train image than this part of the distance to the next ones."""
+    atypical_share: Share = 0.1
+    """Of the images drawn, the most that may be unlike any real, as `synthesis.typical_share` tells."""
     near_copy_share: Share = 0.025
     nearer_share: Share = 0.7
     """Of pairs of a synthetic and an unseen real image, in how many at most the synthetic one may lie nearer to the
@@ -283,6 +285,19 @@ class Params(Config):
     gate: GateConfig = GateConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     release: ReleaseConfig = ReleaseConfig()
+
+    @model_validator(mode="after")
+    def _sieve_within_the_gate(self) -> "Params":
+        """What the sieve takes out counts at the gate."""
+        if self.synthesis.near_copy_distance > self.gate.near_copy_distance:
+            raise ValueError(
+                "synthesis.near_copy_distance must not be above gate.near_copy_distance, or reals would count as copies"
+            )
+        if 1 - self.synthesis.typical_share > self.gate.atypical_share:
+            raise ValueError(
+                "gate.atypical_share must not be under 1 - synthesis.typical_share, which is that of reals themselves"
+            )
+        return self
 
 
 class Resources(Config):

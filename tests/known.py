@@ -19,6 +19,7 @@ GENEROUS = {
     "coverage_ratio": 0.0,
     "recall_ratio": 0.0,
     "control_correlation": -1.0,
+    "atypical_share": 1.0,
     "near_copy_share": 1.0,
     "nearer_share": 1.0,
 }

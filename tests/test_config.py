@@ -62,6 +62,17 @@ def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("synthesis: {near_copy_distance: 0.7}", "must not be above gate.near_copy_distance, or reals would count"),
+        ("synthesis: {typical_share: 0.85}", "gate.atypical_share must not be under 1 - synthesis.typical_share"),
+    ],
+)
+def test_a_sieve_that_the_gate_would_hold_against_reals_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
         ("gan: {resolutions: 32}", "gan.resolutions: there is no such knob; did you mean resolution?;"),
         ("gann: {}", "gann: there is no such knob; did you mean gan?;"),
         (

@@ -393,6 +393,7 @@ def test_a_collapse_is_rolled_back_once_with_a_lower_rate(data, tmp_path, monkey
     assert (rollback.step, rollback.loss, rollback.back_to_step) == (61, "penalty", 50)
     assert rollback.learning_rate == report.settings["learning_rate"] / 2
     assert all(np.isfinite(report.curves.losses["penalty"]))
+    assert min(report.curves.losses["penalty"]) > 0  # taken at one step in eight, and shown at that height
 
 
 def test_after_a_second_collapse_the_class_has_failed(data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from raresynth.quality.controls import blurred, jittered
 from raresynth.quality.encoder import Encoder
 from raresynth.quality.gate import decide
 from raresynth.quality.measure import measure
-from raresynth.quality.reports import Copying, CopyingControls, Distance, FailedClass, Proportion, QualityReport
+from raresynth.quality.reports import (
+    Atypical,
+    Copying,
+    CopyingControls,
+    Distance,
+    FailedClass,
+    Proportion,
+    QualityReport,
+)
 
 Judge = Callable[[str, Pixels], tuple[QualityReport, str, str]]
 
@@ -135,6 +144,8 @@ def _report(
     nearer: tuple[float, float, float] = (0.5, 0.4, 0.6),
     recall: tuple[float, float, float] = (1.0, 0.9, 1.1),
     controls: tuple[float, float] = (0.97, 0.0),
+    atypical: tuple[float, float, float] = (0.01, 0.0, 0.02),
+    reals: Literal["val", "train"] = "val",
     doubts: tuple[str, ...] = (),
 ) -> QualityReport:
     share = _share(1.0, 0.9, 1.1)
@@ -154,12 +165,14 @@ def _report(
         recall=_share(*recall),
         density=share,
         coverage=share,
+        atypical=Atypical(share=atypical[0], low=atypical[1], high=atypical[2]),
         copying=Copying(
             near_copy_share=value,
             low=low,
             high=high,
             n_drawn=500,
             threshold=0.65,
+            reals=reals,
             controls=CopyingControls(copies_found=controls[0], n_copies=50, reals_found=controls[1], n_reals=50),
             authenticity=0.7,
             nearer_share=nearer[0],
@@ -197,6 +210,18 @@ def _report(
             "insufficient",
             "of reals that it never saw 6.0 % count as copies too",
         ),
+        (
+            _report(near_copies=(0.05, 0.03, 0.08), controls=(0.97, 0.06), reals="train"),
+            "insufficient",
+            "of train images, held against one another, 6.0 % count as copies too",
+        ),
+        (_report(reals="train"), "accepted", "share nearer than train images are to one another 0.5"),
+        (
+            _report(atypical=(0.6, 0.55, 0.65)),
+            "rejected",
+            "atypical share 0.6 (95 % interval 0.55 to 0.65), limit at most 0.1: missed",
+        ),
+        (_report(atypical=(0.08, 0.05, 0.12)), "insufficient", "atypical share 0.08"),
         (_report(doubts=("It may be another class.",)), "insufficient", "It may be another class."),
         (
             _report(nearer=(0.9, 0.8, 1.0), doubts=("It may be another class.",)),

@@ -13,6 +13,7 @@ from raresynth.dataset.images import load_images
 from raresynth.dataset.manifest import read_manifest, read_synthetic, write_manifest
 from raresynth.errors import CheckpointError, DataError, TooFewImages
 from raresynth.lineage import load_checkpoint, read_report
+from raresynth.quality.copying import wilson_interval
 from raresynth.quality.distances import Estimates, kernel_distances
 from raresynth.quality.measure import (
     Halves,
@@ -104,6 +105,8 @@ def test_near_copies_that_the_sieve_took_out_count_against_the_generator(figures
     assert (kept.n_drawn, drawn.n_drawn) == (60, 72)
     assert drawn.near_copy_share == pytest.approx((60 * kept.near_copy_share + 2) / 72)
     assert drawn.low < drawn.near_copy_share < drawn.high
+    atypical = figures().atypical
+    assert (atypical.share, atypical.low, atypical.high) == (10 / 72, *wilson_interval(10, 72))
 
 
 def test_without_network_fid_is_a_sentence(figures, monkeypatch, tmp_path):

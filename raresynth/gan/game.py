@@ -22,10 +22,12 @@ class Game(ABC, Generic[Settings]):
     Attributes:
         losses: names of what a step returns, in the order in which they are computed, so that the first one not
             finite is where a collapse began.
+        lazy: those of them that are taken at some steps only, and are 0 at the others.
         generator_ema: moving average of the generator's weights: the one that images are drawn from.
     """
 
     losses: ClassVar[tuple[str, ...]]
+    lazy: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self, settings: Settings, n_classes: int, seed: int, device: str, finetuning: bool, ranks: Ranks = ALONE

@@ -328,12 +328,24 @@ def _curves(losses: npt.NDArray[np.float32], task: loop.Task) -> GanCurves:
     width = max(1, math.ceil(len(losses) / CURVE_POINTS))
     starts = range(0, len(losses), width)
     ends = [min(first + width, len(losses)) for first in starts]
-    means = [losses[first : first + width].astype(np.float64).mean(0).round(6) for first in starts]
+    windows = [losses[first : first + width].astype(np.float64) for first in starts]
     return GanCurves(
         step=ends,
         kimg=[task.batches.images_before(end) / 1000 for end in ends],
-        losses={name: [float(mean[i]) for mean in means] for i, name in enumerate(task.game.losses)},
+        losses={
+            name: _means([window[:, i] for window in windows], name in task.game.lazy)
+            for i, name in enumerate(task.game.losses)
+        },
     )
+
+
+def _means(windows: list[npt.NDArray[np.float64]], lazy: bool) -> list[float]:
+    """Mean of each window; of a lazy loss that of the steps that took it, and where none did, the one before."""
+    means: list[float] = []
+    for window in windows:
+        taken = window[window != 0] if lazy else window
+        means.append(round(float(taken.mean()), 6) if len(taken) else means[-1])
+    return means
 
 
 def _count(network: nn.Module) -> int:

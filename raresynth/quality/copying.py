@@ -51,6 +51,7 @@ class CopyingFigures:
             image is from the nearest train image of another group.
         reals: (U,) relative distances of unseen reals; with fewer than 20 groups of these, whose scatter would tell too
             little, (N,) of the train images, each against the other groups.
+        unseen: whether these are the unseen ones.
         nearer: `nearer_share` of the synthetic images against these.
     """
 
@@ -59,6 +60,7 @@ class CopyingFigures:
     n_near_copies: int
     authenticity: float
     reals: Array
+    unseen: bool
     nearer: NearerShare
 
 
@@ -88,6 +90,7 @@ def check_copying(
         n_near_copies=int((found.relative < threshold).sum()),
         authenticity=float((found.distance > own.distance[found.index]).mean()),
         reals=reals,
+        unseen=enough,
         nearer=nearer_share(found.relative, reals, unseen_groups if enough else train_groups),
     )
 

@@ -10,6 +10,9 @@ to 40-150 reals, with sets of images whose worth is known (tests/test_gate.py re
   faces of a class have 0.2 to 0.4.
 - Recall ratio >= 0.4, the share of reals within reach of the fakes: of unseen reals about 1; fakes of half the reals'
   scatter, which coverage does not notice, have under 0.25.
+- Atypical share <= 10 %: of the images drawn those that the sieve takes out, which bundles ship without. 1 % of reals
+  are such, and under 2 % of trained generators' images; every other figure is of the images that were kept, and calls
+  a generator good of which three images in five are inverted.
 - Near-copy distance 0.5: 96 to 100 % of training images that were turned, mirrored, shifted by fractions of up to
   2 of 32 pixels, recoloured and noised lie under it, and 0 to 0.7 % of unseen reals.
 - Near-copy share <= 2.5 %: with 230 or more synthetic images one jittered copy in twenty is rejected, and unseen reals
@@ -29,6 +32,8 @@ from raresynth.quality.distances import Z_95
 from raresynth.quality.reports import Copying, FailedClass, QualityReport
 
 Verdict = Literal["accepted", "rejected", "insufficient"]
+REALS = {"val": "unseen reals", "train": "train images are to one another"}
+"""What near copies are held against, in words."""
 MIN_COPIES_FOUND = 0.8
 """One jittered copy in twenty, the least that is to be noticed, then stands out from the limit of 2.5 %."""
 
@@ -67,9 +72,16 @@ def _decide_class(report: QualityReport | FailedClass, config: GateConfig) -> Cl
         _at_least(
             "recall ratio", report.recall.ratio, report.recall.ratio_low, report.recall.ratio_high, config.recall_ratio
         ),
+        _at_most(
+            "atypical share",
+            report.atypical.share,
+            report.atypical.low,
+            report.atypical.high,
+            config.atypical_share,
+        ),
         _near_copies(copying, config.near_copy_share),
         _at_most(
-            "share nearer than unseen reals",
+            f"share nearer than {REALS[copying.reals]}",
             copying.nearer_share,
             copying.nearer_low,
             copying.nearer_high,
@@ -90,7 +102,8 @@ def _near_copies(copying: Copying, limit: float) -> tuple[Verdict, str]:
     if verdict == "accepted" and found < MIN_COPIES_FOUND:
         return "insufficient", f"{text}, but of jittered train images too only {100 * found:.0f} % count as copies"
     if verdict == "rejected" and reals > limit:
-        return "insufficient", f"{text}, but of reals that it never saw {100 * reals:.1f} % count as copies too"
+        which = "reals that it never saw" if copying.reals == "val" else "train images, held against one another,"
+        return "insufficient", f"{text}, but of {which} {100 * reals:.1f} % count as copies too"
     least = ceil(Z_95**2 * (1 - limit) / limit) if limit else 0  # Wilson's upper bound of 0 in so many is the limit
     if verdict == "insufficient" and copying.n_drawn < least:
         return verdict, f"{text}; it takes {least} (balance.policy fixed or ratio asks for more)"

@@ -19,7 +19,16 @@ from raresynth.quality.distances import Z_95, Estimates, frechet_distance, kerne
 from raresynth.quality.encoder import Encoder, EncoderReport, Features
 from raresynth.quality.neighbours import neighbourhood
 from raresynth.quality.reals import MIN_GROUPS, MIN_REAL, Reals, at_most, group_numbers, held_out_reals
-from raresynth.quality.reports import Copying, CopyingControls, Distance, Fid, NearestReal, Proportion, QualityReport
+from raresynth.quality.reports import (
+    Atypical,
+    Copying,
+    CopyingControls,
+    Distance,
+    Fid,
+    NearestReal,
+    Proportion,
+    QualityReport,
+)
 
 MIN_TRAIN_GROUPS = 3
 MIN_OTHER = 12
@@ -95,6 +104,7 @@ def measure(
         recall=halves.proportion("recall"),
         density=halves.proportion("density"),
         coverage=halves.proportion("coverage"),
+        atypical=_atypical(fakes),
         copying=_copying(
             fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, seed, cache_dir
         ),
@@ -406,6 +416,17 @@ def _fid(
         return None, f"There is no FID, since {error}; the gate goes by FD and KID on the encoder."
 
 
+def _n_drawn(fakes: pd.DataFrame) -> int:
+    """Images that were drawn for these: those that the sieve took out before an image of this choice count too."""
+    return len(fakes) + int(fakes[["rejected_near_copy", "rejected_atypical"]].to_numpy().sum())
+
+
+def _atypical(fakes: pd.DataFrame) -> Atypical:
+    n_atypical, n_drawn = int(fakes["rejected_atypical"].sum()), _n_drawn(fakes)
+    low, high = copying.wilson_interval(n_atypical, n_drawn)
+    return Atypical(share=n_atypical / n_drawn, low=low, high=high)
+
+
 def _copying(
     fakes: pd.DataFrame,
     synthetic_root: Path,
@@ -422,9 +443,8 @@ def _copying(
     own, groups = pixels(train, data_dir), group_numbers(train)
     others, other_groups = pixels(unseen, data_dir), group_numbers(unseen)
     figures = copying.check_copying(pixels(fakes, synthetic_root), own, groups, others, other_groups, threshold)
-    # Those that the sieve took out before an image of this choice count too: the share is the generator's.
-    taken_out, atypical = int(fakes["rejected_near_copy"].sum()), int(fakes["rejected_atypical"].sum())
-    n_near_copies, n_drawn = figures.n_near_copies + taken_out, len(fakes) + taken_out + atypical
+    n_near_copies = figures.n_near_copies + int(fakes["rejected_near_copy"].sum())
+    n_drawn = _n_drawn(fakes)
     low, high = copying.wilson_interval(n_near_copies, n_drawn)
     shown = zip(fakes["path"][:SHOWN], figures.nearest, figures.relative, strict=False)
     return Copying(
@@ -433,6 +453,7 @@ def _copying(
         high=high,
         n_drawn=n_drawn,
         threshold=threshold,
+        reals="val" if figures.unseen else "train",
         controls=copying_controls(own, groups, figures.reals, threshold, seed),
         authenticity=figures.authenticity,
         nearer_share=figures.nearer.value,

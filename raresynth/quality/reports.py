@@ -65,6 +65,15 @@ class CopyingControls(Report):
     n_reals: int
 
 
+class Atypical(Report):
+    """Share of the images drawn that the sieve took out as unlike any real: bundles ship the generator without it."""
+
+    share: float
+    low: float
+    high: float
+    """95 % interval of the share."""
+
+
 class Copying(Report):
     """Whether synthetic images repeat images of the train split.
 
@@ -80,12 +89,15 @@ class Copying(Report):
     """Images that the share is of: those measured, and those that were rejected before them."""
     threshold: float
     """Relative distances under it count as near copies."""
+    reals: Literal["val", "train"]
+    """The reals that relative distances are held against: unseen ones or, where these are of fewer than 20 groups,
+    train images, each against the other groups."""
     controls: CopyingControls
     authenticity: float
     """Share of synthetic images farther from their nearest train image than that one is from the other reals."""
     nearer_share: float
-    """Of pairs of a synthetic and an unseen real image the share in which the synthetic one lies nearer to the train
-    images; 0.5 without copying, 1 where all are copies."""
+    """Of pairs of a synthetic image and one of these reals the share in which the synthetic one lies nearer to the
+    train images; 0.5 without copying, 1 where all are copies."""
     nearer_low: float
     nearer_high: float
     """95 % interval of it."""
@@ -126,6 +138,7 @@ class QualityReport(Report):
     recall: Proportion
     density: Proportion
     coverage: Proportion
+    atypical: Atypical
     copying: Copying
     binding_copying: bool
     fid: Fid | None

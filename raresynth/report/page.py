@@ -229,7 +229,8 @@ def notes(findings: Findings) -> Iterator[str]:
     )
     coarse = [f"{label} ({n})" for label, n in evaluation.n_test.items() if n < FEW_TEST_IMAGES]
     if coarse:
-        yield f"Few test images: {enumerate_words(coarse)}. Figures of such a class move in coarse steps."
+        steps = "Figures of such a class move in coarse steps, and its intervals are too narrow."
+        yield f"Few test images: {enumerate_words(coarse)}. {steps}"
     yield from dict.fromkeys(note for report in findings.quality.values() for note in (*report.doubts, *report.notes))
     if findings.encoder.controls is None:
         yield "The val split is too small to show that the encoder sees what it should."

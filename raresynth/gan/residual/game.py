@@ -28,6 +28,7 @@ class ResidualGame(Game[ResidualSettings]):
     """Conditional on the class, whose signal is annealed in; all of it when fine-tuning."""
 
     losses = ("d_loss", "penalty", "g_loss")
+    lazy = frozenset({"penalty"})
 
     def __init__(
         self, settings: ResidualSettings, n_classes: int, seed: int, device: str, finetuning: bool, ranks: Ranks = ALONE
