@@ -38,7 +38,6 @@ def broken_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("broken") / "data"
     write_sample(samples, folder)
     (folder / "notes.txt").write_text("no image")
-    (folder / names[1]).symlink_to("nowhere")  # as DataLad leaves what was not fetched
     return folder
 
 
@@ -69,6 +68,19 @@ def test_manifest_and_quarantine_are_the_same_bytes(
     with (tmp_path / "out" / "validation" / "quarantine.csv").open() as file:
         found = {row["reason"] for row in csv.DictReader(file)}
     assert found >= {"missing", "empty", "truncated", "not_an_image", "exact_duplicate"}
+
+
+def test_a_link_to_nowhere_is_missing_with_shards_too(broken_data: Path, tmp_path: Path) -> None:
+    """As DataLad leaves what was not fetched."""
+    data = tmp_path / "data"
+    shutil.copytree(broken_data, data)
+    image = data / find_files(data).images[5]
+    image.unlink()
+    image.symlink_to("nowhere")
+    undivided = both(data, tmp_path / "undivided", {})
+    assert both(data, tmp_path / "out", probed(data, 2, tmp_path / "probed")) == undivided
+    quarantined = (tmp_path / "out" / "validation" / "quarantine.csv").read_text().splitlines()
+    assert any(image.name in row and "missing" in row for row in quarantined)
 
 
 def test_what_the_shards_have_read_is_not_read_again(
