@@ -225,8 +225,9 @@ def _open_run(data: Path | None, params: Path | None, store: Path) -> tuple[flow
         known = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
     except ValueError as error:
         raise CheckpointError(f"{log} is damaged ({error}); delete it, and name --data and --params again") from error
-    data = data or (store / known["data"] if "data" in known else None)
-    params = params or (store / known["params"] if "params" in known else None)
+    noted = store.resolve()  # the paths are relative to the folder itself, not to a link to it
+    data = data or (noted / known["data"] if "data" in known else None)
+    params = params or (noted / known["params"] if "params" in known else None)
     if data is None or params is None:
         raise ParamsError(f"{store} holds no run yet; name its images with --data and its params with --params")
     if not data.is_dir():
@@ -265,7 +266,7 @@ def _export_dataset(arguments: argparse.Namespace) -> None:
     manifest = run.store / flow.STAGES["validate"].place / "manifest.csv"
     accepted = run.store / flow.STAGES["gate"].place / "accepted.csv"
     with flow.alone_in(run.store):
-        flow.check_together(run, flow.records_before("train-classifier", run))
+        flow.check_together(run, flow.records_behind("gate", run.store))
         export_dataset(run.data_dir, manifest, accepted, run.store, arguments.to)
     print(f"balanced set -> {arguments.to}")
 

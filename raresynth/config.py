@@ -293,9 +293,9 @@ class Params(Config):
             raise ValueError(
                 "synthesis.near_copy_distance must not be above gate.near_copy_distance, or reals would count as copies"
             )
-        if 1 - self.synthesis.typical_share > self.gate.atypical_share:
+        if 1 - self.synthesis.typical_share > self.gate.atypical_share + 1e-9:  # as 1 - 0.99 is above 0.01
             raise ValueError(
-                "gate.atypical_share must not be under 1 - synthesis.typical_share, which is that of reals themselves"
+                "gate.atypical_share must not be under 1 - synthesis.typical_share, the least that reals have"
             )
         return self
 

@@ -417,6 +417,7 @@ def _package(task: Task) -> Outcome:
                 for label, record in task.needs["measure"].items()
                 if record.status == "done"
             },
+            gate_dir=task.path("gate"),
             evaluation_dir=task.path("evaluate"),
             records=[record.model_dump(mode="json") for record in records_before("package", run)],
             parents={
@@ -670,6 +671,19 @@ def records_before(stage: str, run: Run) -> list[Record]:
     """The records of all stages that come before one, in the flow's order."""
     before = list(STAGES)[: list(STAGES).index(stage)]
     return [read_record(run.store, name, item) for name in before for item in items(run, STAGES[name].each)]
+
+
+def records_behind(stage: str, store: Path) -> list[Record]:
+    """The record of a stage that runs once, and of all that it was made from, whatever the params say by now."""
+    found: dict[str, Record] = {}
+    names = [f"{stage}/{ALL}"]
+    while names:
+        name = names.pop()
+        if name not in found:
+            upstream, _, item = name.partition("/")
+            found[name] = read_record(store, upstream, item)
+            names += found[name].inputs
+    return list(found.values())
 
 
 def record_path(store: Path, stage: str, item: str = ALL) -> Path:

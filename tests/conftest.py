@@ -114,6 +114,7 @@ def accepted_bundle(tiny_run: flow.Run, tmp_path_factory: pytest.TempPathFactory
         decisions=path,
         packed_dir=tiny_run.packed,
         quality_dirs={label: folder("measure", label) for label in decisions["classes"]},
+        gate_dir=folder("gate"),
         evaluation_dir=folder("evaluate"),
         records=[],
         parents={},

@@ -125,13 +125,16 @@ def test_a_bundle_from_before_a_knob_was_added_is_whole(bundle: Path) -> None:
     assert not audit(Subject(bundle)).broken()
 
 
-def test_a_bundle_from_before_a_knob_was_removed_is_checked_as_far_as_it_goes(bundle: Path, tiny_run: flow.Run) -> None:
+@pytest.mark.parametrize("same_gate", [True, False])
+def test_a_bundle_from_before_a_knob_was_removed_is_checked_as_far_as_it_goes(
+    bundle: Path, tiny_run: flow.Run, same_gate: bool
+) -> None:
     params = json.loads((bundle / "bundle.json").read_text())["lineage"]["params"]
-    params["gate"]["c_t"] = -3.0
+    params["gan"]["gone"] = 1
 
     def as_it_was_then(records: list) -> None:
         for record in records:
-            record["code"] = "0" * 64
+            record["code"] = record["code"] if same_gate else "0" * 64
             values = [record[name] for name in ("stage", "item", "inputs", "source")]
             record["key"] = flow.key_of(*values, params, record["weights"], record["code"])
 
@@ -140,9 +143,12 @@ def test_a_bundle_from_before_a_knob_was_removed_is_checked_as_far_as_it_goes(bu
     link = audit(Subject(bundle, data=tiny_run.data_dir))
     assert not link.broken(), complaints(link)
     (said,) = (check for check in link.checks if check.what == "params")
-    assert said.status == "unchecked" and "gate.c_t" in said.detail
+    assert said.status == "unchecked" and "gan.gone" in said.detail
     decisions = next(below for below in link.made_from if below.name == "decisions")
-    assert decisions.checks[0].status == "unchecked"
+    assert [check.status for check in decisions.checks[:2]] == ["ok", "unchecked"]
+    label = next(iter(json.loads((bundle / "bundle.json").read_text())["decisions"]["classes"]))
+    rewrite(bundle, lambda content: content["decisions"]["classes"][label].update(reasons=["forged"]))
+    assert "decisions: are those that gate left: they are others" in complaints(audit(Subject(bundle)))
     flip_a_bit(bundle / "classifier" / "weights.safetensors")
     assert "weights.safetensors: was changed" in complaints(audit(Subject(bundle)))
 

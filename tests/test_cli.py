@@ -1,5 +1,6 @@
 """What a user can get wrong ends with one sentence that names it, exit code 2, and no traceback."""
 
+import json
 import os
 import re
 import shlex
@@ -146,8 +147,13 @@ def test_out_may_be_a_link_to_another_disk(tiny_run: flow.Run, tmp_path: Path, p
     out = tmp_path / "out"
     out.symlink_to(tmp_path / "disk" / "deep")
     assert run("build-manifest", "--data", tiny_run.data_dir, "--params", params, "--out", out).returncode == 0
-    done = run("build-manifest", "--out", out)
-    assert done.returncode == 0, done.stderr
+    noted = (out / "run.json").read_bytes()
+    for _ in range(2):
+        done = run("build-manifest", "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert [json.loads(text)["params"] for text in (noted, (out / "run.json").read_bytes())] == [
+            "../../params.yaml"
+        ] * 2
 
 
 def test_results_that_do_not_belong_together_are_refused(tiny_run: flow.Run, tmp_path: Path) -> None:
@@ -163,6 +169,16 @@ def test_results_that_do_not_belong_together_are_refused(tiny_run: flow.Run, tmp
         said = sentence(run(command[0], "--out", store, *command[1:]))
         assert "was made from another result of validate/all than the one there is now; start the whole run" in said
     assert not (tmp_path / "export").exists()
+
+
+def test_params_of_the_next_run_do_not_stand_in_the_exports_way(tiny_run: flow.Run, tmp_path: Path) -> None:
+    store, params = tmp_path / "store", tmp_path / "params.yaml"
+    shutil.copytree(tiny_run.store, store)
+    compute = tiny_run.params.compute.model_copy(update={"shards": 4})
+    params.write_text(yaml.safe_dump(tiny_run.params.model_copy(update={"compute": compute}).model_dump(mode="json")))
+    flow.note_start(flow.Run(tiny_run.data_dir, store, tiny_run.params), params)
+    done = run("export-dataset", "--out", store, "--to", tmp_path / "export")
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_killed_run_left_half_written_goes_and_nothing_else(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def test_an_impossible_knob_is_named(tmp_path: Path, text: str, named: str) -> N
     assert "\n" not in said
 
 
+def test_a_gate_as_strict_as_the_sieve_is_possible() -> None:
+    for typical in (0.95, 0.97, 0.98, 0.99):
+        raw = {"synthesis": {"typical_share": typical}, "gate": {"atypical_share": round(1 - typical, 2)}}
+        assert Params.model_validate(raw).gate.atypical_share < 0.1
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

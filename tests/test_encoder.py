@@ -16,7 +16,7 @@ from raresynth.dataset.manifest import read_manifest
 from raresynth.errors import CheckpointError, DataError
 from raresynth.lineage import read_report, save_checkpoint, sha256_file
 from raresynth.quality import encoder as encoder_module
-from raresynth.quality.controls import check_encoder
+from raresynth.quality.controls import LEAST_EFFECT, check_encoder
 from raresynth.quality.encoder import Encoder, EncoderReport, barlow_twins_loss, train_encoder
 from raresynth.training_state import save_state
 
@@ -57,13 +57,28 @@ def test_controls_do_not_depend_on_which_few_images_are_held_out(trained_encoder
         assert [control.spearman for control in controls.named.values()] == [1, 1, 1, 1]
 
 
+def test_controls_find_an_encoder_that_is_blind(trained_encoder, sample_data, sample_manifest):
+    """Thumbnails of 2 x 2 pixels: a blur moves them too, by next to nothing."""
+    manifest = read_manifest(sample_manifest)
+    train, val = (manifest[manifest["split"] == split] for split in ("train", "val"))
+    images = [load_images(frame, sample_data, 32) for frame in (train, val)]
+    labels = [frame["label"].to_numpy(str) for frame in (train, val)]
+
+    def thumbnails(pixels):
+        return pixels.reshape(len(pixels), 2, 16, 2, 16, 3).mean((2, 4)).reshape(len(pixels), -1).astype(np.float32)
+
+    controls = check_encoder(thumbnails, images[0], labels[0], images[1], labels[1], 0)
+    assert controls is not None
+    assert controls.blur.effect < LEAST_EFFECT / 2
+
+
 def test_controls(trained_encoder):
     """FD rises with every kind of damage, and neighbours share labels more often than by raw pixels."""
     report = read_report(trained_encoder / "report.json", EncoderReport)
     controls = report.controls
     assert controls is not None
     for control in (controls.blur, controls.noise, controls.jpeg, controls.dropped_modes):
-        assert control.spearman == 1, control
+        assert control.spearman == 1 and control.effect > 2 * LEAST_EFFECT, control
     assert controls.neighbour_accuracy > controls.pixel_neighbour_accuracy
     assert report.losses[-1] < report.losses[0] / 2
     assert report.encoder_sha256 == sha256_file(trained_encoder / "weights.safetensors")

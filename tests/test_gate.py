@@ -145,6 +145,7 @@ def _report(
     recall: tuple[float, float, float] = (1.0, 0.9, 1.1),
     controls: tuple[float, float] = (0.97, 0.0),
     atypical: tuple[float, float, float] = (0.01, 0.0, 0.02),
+    reals_at_most: float = 0.05,
     reals: Literal["val", "train"] = "val",
     doubts: tuple[str, ...] = (),
 ) -> QualityReport:
@@ -165,7 +166,7 @@ def _report(
         recall=_share(*recall),
         density=share,
         coverage=share,
-        atypical=Atypical(share=atypical[0], low=atypical[1], high=atypical[2]),
+        atypical=Atypical(share=atypical[0], low=atypical[1], high=atypical[2], reals_at_most=reals_at_most),
         copying=Copying(
             near_copy_share=value,
             low=low,
@@ -222,6 +223,7 @@ def _report(
             "atypical share 0.6 (95 % interval 0.55 to 0.65), limit at most 0.1: missed",
         ),
         (_report(atypical=(0.08, 0.05, 0.12)), "insufficient", "atypical share 0.08"),
+        (_report(atypical=(0.15, 0.12, 0.18), reals_at_most=0.19), "accepted", "limit at most 0.19: met"),
         (_report(doubts=("It may be another class.",)), "insufficient", "It may be another class."),
         (
             _report(nearer=(0.9, 0.8, 1.0), doubts=("It may be another class.",)),

@@ -107,6 +107,7 @@ def test_near_copies_that_the_sieve_took_out_count_against_the_generator(figures
     assert drawn.low < drawn.near_copy_share < drawn.high
     atypical = figures().atypical
     assert (atypical.share, atypical.low, atypical.high) == (10 / 72, *wilson_interval(10, 72))
+    assert 0 < atypical.reals_at_most < 0.1
 
 
 def test_without_network_fid_is_a_sentence(figures, monkeypatch, tmp_path):
@@ -225,6 +226,10 @@ def test_an_encoder_that_fails_its_controls_is_doubted(figures, trained_encoder,
     assert encoder_doubts(copy, 0.5) == []
     (doubt,) = encoder_doubts(copy, 0.8)
     assert doubt == "FD on this run's encoder does not rise as reals are made worse by noise; train it longer."
+    report["controls"]["noise"] |= {"spearman": 1.0, "effect": 0.012}
+    (copy / "report.json").write_text(json.dumps(report))
+    (doubt,) = encoder_doubts(copy, 0.8)
+    assert "rises by 1.2 % of the features' own scatter at most as reals are made worse by noise; train" in doubt
 
 
 def test_more_photographs_of_the_same_lesions_do_not_flatter():

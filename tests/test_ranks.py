@@ -153,7 +153,8 @@ def test_two_ranks_train_what_one_process_does(one, two):
     assert one[1].weights_sha256 != two[1].weights_sha256  # or there would have been one rank only
     assert_same_training(one, two)
     assert [(s.step, s.augmentation_strength) for s in two[1].snapshots] == [(20, 1.0), (30, 1.0)]
-    assert sum(loss > 0 for loss in two[1].curves.losses["penalty"]) == 4  # every 8 steps
+    penalties = two[1].curves.losses["penalty"]
+    assert min(penalties) > 0 and len(set(penalties)) == 4  # taken every 8 steps, and shown until the next
 
 
 @pytest.mark.slow

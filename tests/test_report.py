@@ -233,7 +233,7 @@ def test_both_arms_are_compared_where_both_were_trained(findings: Findings, pict
 
 
 def test_controls_of_the_encoder_are_shown_where_there_are_any(findings: Findings, pictures: Pictures) -> None:
-    control = Control(strengths=[0.0, 2.5], fd=[1.25, 8.5], spearman=1.0)
+    control = Control(strengths=[0.0, 2.5], fd=[1.25, 8.5], spearman=1.0, effect=0.3)
     controls = EncoderControls(
         blur=control,
         noise=control,

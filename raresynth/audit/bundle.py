@@ -71,7 +71,7 @@ def _params(link: Link, bundle: Bundle) -> Params | None:
     try:
         params = Params.model_validate(bundle.lineage.params)
     except ValidationError as error:
-        knobs = ", ".join(".".join(map(str, wrong["loc"])) for wrong in error.errors())
+        knobs = ", ".join(".".join(map(str, wrong["loc"])) or wrong["msg"] for wrong in error.errors())
         link.unchecked("params", f"this version of raresynth has other knobs ({knobs}); take the bundle's commit's")
         return None
     link.note("params", "")
@@ -140,8 +140,14 @@ def _check_weights(link: Link, place: str, digest: str, bundle: Bundle, records:
 def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records, params: Params | None) -> None:
     """The class gate is a pure function of reports and limits, so it decides again."""
     below = link.below("decisions")
-    gate = records.get("gate/all")
-    other_gate = gate is not None and gate.code != code_hash(*flow.STAGES["gate"].code)
+    gate, told = records.get("gate/all"), folder / "lineage" / "gate.json"
+    if gate is not None and told.is_file():
+        same = sha256_file(told) == gate.files.get(f"{gate.output}/decisions.json")
+        same = same and json.loads(told.read_text(encoding="utf-8"))["classes"] == bundle.decisions["classes"]
+        below.check("are those that gate left", same, "they are others")
+    else:
+        below.unchecked("are those that gate left", "bundles of earlier versions do not hold them")
+    other_gate = params is None or (gate is not None and gate.code != code_hash(*flow.STAGES["gate"].code))
     for label, entry in bundle.decisions["classes"].items():
         what, measured = f"{label}: {entry['decision']}", records.get(f"measure/{label}")
         if measured is None or measured.status != "done":

@@ -32,7 +32,7 @@ class Sources:
         generator_dirs: label -> checkpoint of its generator, accepted or not.
         classifier_dirs: arm -> checkpoint.
         decisions: the run's decisions.json.
-        quality_dirs: label -> what measure left.
+        quality_dirs: label -> what measure left; `gate_dir` and `evaluation_dir` alike.
         records: of every stage so far, as JSON values.
         parents: stage and item -> SHA-256 of what it left.
     """
@@ -47,6 +47,7 @@ class Sources:
     decisions: Path
     packed_dir: Path
     quality_dirs: Mapping[str, Path]
+    gate_dir: Path
     evaluation_dir: Path
     records: Sequence[Mapping[str, Any]]
     parents: Mapping[str, str]
@@ -92,10 +93,11 @@ def _add_lineage(sources: Sources, folder: Path) -> None:
     lineage.write_text(folder / "images.csv", images.to_csv(index=False, lineterminator="\n"))
     reports = {"validation": sources.validation_dir, "evaluation": sources.evaluation_dir}
     reports |= {f"quality/{label}": quality for label, quality in sources.quality_dirs.items()}
-    for name, source in reports.items():
+    files = {name: source / "report.json" for name, source in reports.items()}
+    for name, source in (files | {"gate": sources.gate_dir / "decisions.json"}).items():
         path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / "report.json", path)
+        shutil.copyfile(source, path)
 
 
 def _add_generator(source: Path, folder: Path, truncation: float) -> Generator:

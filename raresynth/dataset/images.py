@@ -20,7 +20,7 @@ from raresynth.progress import progress
 if TYPE_CHECKING:
     import pandas as pd
 
-PREPROCESSING = "exif orientation, RGB, centre square, antialiased bicubic resize"
+PREPROCESSING = "upright by exif or TIFF orientation, RGB, centre square, antialiased bicubic resize"
 Pixels = npt.NDArray[np.uint8]
 OTHER_SUFFIXES = frozenset(
     {

@@ -14,7 +14,7 @@ from raresynth.dataset.manifest import read_manifest, read_synthetic
 from raresynth.errors import TooFewImages
 from raresynth.lineage import read_report, write_report
 from raresynth.quality import copying, inception
-from raresynth.quality.controls import jittered
+from raresynth.quality.controls import LEAST_EFFECT, jittered
 from raresynth.quality.distances import Z_95, Estimates, frechet_distance, kernel_distance, kernel_distances
 from raresynth.quality.encoder import Encoder, EncoderReport, Features
 from raresynth.quality.neighbours import neighbourhood
@@ -104,7 +104,7 @@ def measure(
         recall=halves.proportion("recall"),
         density=halves.proportion("density"),
         coverage=halves.proportion("coverage"),
-        atypical=_atypical(fakes),
+        atypical=_atypical(fakes, train["group"].nunique()),
         copying=_copying(
             fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, seed, cache_dir
         ),
@@ -211,11 +211,15 @@ def encoder_doubts(encoder_dir: Path, least: float) -> list[str]:
         CheckpointError: the folder holds no encoder.
     """
     controls = read_report(encoder_dir / "report.json", EncoderReport).controls
-    return [
-        f"FD on this run's encoder does not rise as reals are made worse by {name}; train it longer."
-        for name, control in (controls.named if controls else {}).items()
-        if not control.spearman >= least  # nor where it is no number, as of images that are all alike
-    ]
+    doubts = []
+    for name, control in (controls.named if controls else {}).items():
+        worse = f"as reals are made worse by {name}; train it longer."
+        if not control.spearman >= least:  # nor where it is no number, as of images that are all alike
+            doubts.append(f"FD on this run's encoder does not rise {worse}")
+        elif control.effect < LEAST_EFFECT:
+            share = f"{100 * control.effect:.1f} % of the features' own scatter"
+            doubts.append(f"FD on this run's encoder rises by {share} at most {worse}")
+    return doubts
 
 
 @dataclass(frozen=True)
@@ -421,10 +425,12 @@ def _n_drawn(fakes: pd.DataFrame) -> int:
     return len(fakes) + int(fakes[["rejected_near_copy", "rejected_atypical"]].to_numpy().sum())
 
 
-def _atypical(fakes: pd.DataFrame) -> Atypical:
+def _atypical(fakes: pd.DataFrame, n_groups: int) -> Atypical:
+    """Beyond the farthest of n reals lie at most 1 - 0.05^(1/n) of all reals, with 95 % confidence (Wilks 1941)."""
     n_atypical, n_drawn = int(fakes["rejected_atypical"].sum()), _n_drawn(fakes)
     low, high = copying.wilson_interval(n_atypical, n_drawn)
-    return Atypical(share=n_atypical / n_drawn, low=low, high=high)
+    reals_at_most = round(float(1 - 0.05 ** (1 / n_groups)), 3)
+    return Atypical(share=n_atypical / n_drawn, low=low, high=high, reals_at_most=reals_at_most)
 
 
 def _copying(

@@ -72,6 +72,8 @@ class Atypical(Report):
     low: float
     high: float
     """95 % interval of the share."""
+    reals_at_most: float
+    """What reals themselves may have, at 95 %, since so few of the train split tell what is typical."""
 
 
 class Copying(Report):
