@@ -190,7 +190,7 @@ def points(difference: float | None) -> str:
 
 def number(value: float | None, digits: int = 2) -> str:
     """A plain number; a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def distribution(findings: Findings) -> list[Distribution]:
