@@ -307,6 +307,7 @@ def _measure(task: Task) -> Outcome:
             task.out_dir,
             run.params.quality,
             run.params.gate,
+            run.params.synthesis.typical_share,
             run.params.seed,
             run.packed,
         )
@@ -563,7 +564,7 @@ STAGES: dict[str, Stage] = {
     "measure": Stage(
         _measure,
         ("validate", "train-encoder", "synthesize"),
-        ("seed", "quality", "gate"),
+        ("seed", "synthesis", "quality", "gate"),
         (*_IMAGES, "quality"),
         "quality/{item}",
         each="label",

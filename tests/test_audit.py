@@ -163,6 +163,14 @@ def test_weights_that_the_auditor_has_not_do_not_keep_the_manifest_from_being_ma
     assert [check.status for check in again if "runs again" in check.what] == ["ok", "ok"]
 
 
+def test_what_the_gate_left_cannot_be_taken_out_of_a_bundle(bundle: Path) -> None:
+    (bundle / "lineage" / "gate.json").unlink()
+    described = read_report(bundle / "bundle.json", Bundle)
+    files = {name: digest for name, digest in described.files.items() if name != "lineage/gate.json"}
+    write_bundle_json(bundle, described.model_copy(update={"files": files}))
+    assert "are those that gate left: lineage/gate.json is missing" in complaints(audit(Subject(bundle)))
+
+
 def test_a_changed_record_is_found(bundle: Path) -> None:
     def change(records: list) -> None:
         (record,) = (record for record in records if record["stage"] == "pretrain")

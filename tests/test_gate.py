@@ -43,6 +43,7 @@ def judge(sample_data: Path, sample_manifest: Path, trained_encoder: Path, tmp_p
             tmp_path,
             QualityConfig(),
             GateConfig(),
+            0.99,
             0,
             None,
         )
@@ -223,7 +224,12 @@ def _report(
             "atypical share 0.6 (95 % interval 0.55 to 0.65), limit at most 0.1: missed",
         ),
         (_report(atypical=(0.08, 0.05, 0.12)), "insufficient", "atypical share 0.08"),
-        (_report(atypical=(0.15, 0.12, 0.18), reals_at_most=0.19), "accepted", "limit at most 0.19: met"),
+        (
+            _report(atypical=(0.15, 0.12, 0.18), reals_at_most=0.19),
+            "insufficient",
+            "limit at most 0.1: missed, but with so few train images up to 19 % of reals count as atypical too",
+        ),
+        (_report(atypical=(0.3, 0.2, 0.4), reals_at_most=0.19), "rejected", "limit at most 0.1: missed"),
         (_report(doubts=("It may be another class.",)), "insufficient", "It may be another class."),
         (
             _report(nearer=(0.9, 0.8, 1.0), doubts=("It may be another class.",)),

@@ -17,6 +17,7 @@ from raresynth.quality.copying import wilson_interval
 from raresynth.quality.distances import Estimates, kernel_distances
 from raresynth.quality.measure import (
     Halves,
+    beyond_quantile,
     compare_halves,
     copying_controls,
     encoder_doubts,
@@ -44,7 +45,7 @@ def figures(sample_data, sample_manifest, trained_encoder, synthetic, tmp_path):
     def run(manifest=sample_manifest, folder=synthetic, out="out", seed=0, **knobs):
         config = QualityConfig(**{"real_splits": 10, **knobs})
         inputs = (sample_data, manifest, trained_encoder, folder)
-        return measure(*inputs, LABEL, tmp_path / out, config, GateConfig(), seed, None)
+        return measure(*inputs, LABEL, tmp_path / out, config, GateConfig(), 0.99, seed, None)
 
     return run
 
@@ -108,6 +109,14 @@ def test_near_copies_that_the_sieve_took_out_count_against_the_generator(figures
     atypical = figures().atypical
     assert (atypical.share, atypical.low, atypical.high) == (10 / 72, *wilson_interval(10, 72))
     assert 0 < atypical.reals_at_most < 0.1
+
+
+@pytest.mark.parametrize(("n", "share"), [(14, 0.99), (28, 0.9), (200, 0.95)])
+def test_what_lies_beyond_a_quantile_of_few_values_is_bounded(n, share):
+    """Of uniform values, by simulation, what the sieve's quantile leaves beyond it."""
+    limits = np.quantile(np.random.default_rng(0).random((4000, n)), share, axis=1, method="higher")
+    assert (1 - limits <= beyond_quantile(n, share)).mean() == pytest.approx(0.95, abs=0.015)
+    assert beyond_quantile(14, 0.99) == pytest.approx(1 - 0.05 ** (1 / 14))
 
 
 def test_without_network_fid_is_a_sentence(figures, monkeypatch, tmp_path):

@@ -141,13 +141,17 @@ def _check_decisions(link: Link, folder: Path, bundle: Bundle, records: Records,
     """The class gate is a pure function of reports and limits, so it decides again."""
     below = link.below("decisions")
     gate, told = records.get("gate/all"), folder / "lineage" / "gate.json"
+    other_gate = params is None or (gate is not None and gate.code != code_hash(*flow.STAGES["gate"].code))
     if gate is not None and told.is_file():
         same = sha256_file(told) == gate.files.get(f"{gate.output}/decisions.json")
         same = same and json.loads(told.read_text(encoding="utf-8"))["classes"] == bundle.decisions["classes"]
         below.check("are those that gate left", same, "they are others")
+    elif other_gate:
+        below.unchecked(
+            "are those that gate left", "not in the bundle: an earlier version made it, or they were removed"
+        )
     else:
-        below.unchecked("are those that gate left", "bundles of earlier versions do not hold them")
-    other_gate = params is None or (gate is not None and gate.code != code_hash(*flow.STAGES["gate"].code))
+        below.check("are those that gate left", False, "lineage/gate.json is missing")
     for label, entry in bundle.decisions["classes"].items():
         what, measured = f"{label}: {entry['decision']}", records.get(f"measure/{label}")
         if measured is None or measured.status != "done":

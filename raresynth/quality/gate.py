@@ -11,9 +11,9 @@ to 40-150 reals, with sets of images whose worth is known (tests/test_gate.py re
 - Recall ratio >= 0.4, the share of reals within reach of the fakes: of unseen reals about 1; fakes of half the reals'
   scatter, which coverage does not notice, have under 0.25.
 - Atypical share <= 10 %: of the images drawn those that the sieve takes out, which bundles ship without. Of reals about
-  1 % are such where train images are many, 3 % with 40, 7 % with 14 (at most 19 % at 95 %, which then is the limit);
-  under 2 % of trained generators' images. Every other figure is of the images that were kept, and calls a generator
-  good of which three images in five are inverted.
+  1 % are such where train images are many, 3 % with 40, 7 % with 14 (at most 19 % at 95 %; up to there nothing is
+  rejected); under 2 % of trained generators' images. Every other figure is of the images that were kept, and calls a
+  generator good of which three images in five are inverted.
 - Near-copy distance 0.5: 96 to 100 % of training images that were turned, mirrored, shifted by fractions of up to
   2 of 32 pixels, recoloured and noised lie under it, and 0 to 0.7 % of unseen reals.
 - Near-copy share <= 2.5 %: with 230 or more synthetic images one jittered copy in twenty is rejected, and unseen reals
@@ -30,7 +30,7 @@ from typing import Literal
 from raresynth.config import GateConfig
 from raresynth.lineage import Report
 from raresynth.quality.distances import Z_95
-from raresynth.quality.reports import Copying, FailedClass, QualityReport
+from raresynth.quality.reports import Atypical, Copying, FailedClass, QualityReport
 
 Verdict = Literal["accepted", "rejected", "insufficient"]
 REALS = {"val": "unseen reals", "train": "train images are to one another"}
@@ -73,13 +73,7 @@ def _decide_class(report: QualityReport | FailedClass, config: GateConfig) -> Cl
         _at_least(
             "recall ratio", report.recall.ratio, report.recall.ratio_low, report.recall.ratio_high, config.recall_ratio
         ),
-        _at_most(
-            "atypical share",
-            report.atypical.share,
-            report.atypical.low,
-            report.atypical.high,
-            max(config.atypical_share, report.atypical.reals_at_most),
-        ),
+        _atypical(report.atypical, config.atypical_share),
         _near_copies(copying, config.near_copy_share),
         _at_most(
             f"share nearer than {REALS[copying.reals]}",
@@ -94,6 +88,15 @@ def _decide_class(report: QualityReport | FailedClass, config: GateConfig) -> Cl
     decision: Verdict = "rejected" if "rejected" in verdicts else "insufficient" if open_questions else "accepted"
     reasons = [*(text for _, text in judged), *report.doubts, *report.notes]
     return ClassDecision(label=report.label, decision=decision, reasons=reasons)
+
+
+def _atypical(atypical: Atypical, limit: float) -> tuple[Verdict, str]:
+    """A share that reals themselves may have, since so few of them tell what is typical, rejects nothing."""
+    verdict, text = _at_most("atypical share", atypical.share, atypical.low, atypical.high, limit)
+    if verdict == "rejected" and atypical.low <= atypical.reals_at_most:
+        most = f"{100 * atypical.reals_at_most:.0f} %"
+        return "insufficient", f"{text}, but with so few train images up to {most} of reals count as atypical too"
+    return verdict, text
 
 
 def _near_copies(copying: Copying, limit: float) -> tuple[Verdict, str]:

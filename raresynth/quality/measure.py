@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def measure(
     out_dir: Path,
     config: QualityConfig,
     gate: GateConfig,
+    typical_share: float,
     seed: int,
     cache_dir: Path | None,
 ) -> QualityReport:
@@ -58,6 +60,7 @@ def measure(
 
     Args:
         synthetic_dir: folder with manifest.csv, whose paths are relative to the folder above.
+        typical_share: of the sieve that the images went through.
 
     Raises:
         TooFewImages: the class has too few real or synthetic images to measure anything, or there is no other class
@@ -104,7 +107,7 @@ def measure(
         recall=halves.proportion("recall"),
         density=halves.proportion("density"),
         coverage=halves.proportion("coverage"),
-        atypical=_atypical(fakes, train["group"].nunique()),
+        atypical=_atypical(fakes, train["group"].nunique(), typical_share),
         copying=_copying(
             fakes, synthetic_dir.parent, train, unseen, data_dir, gate.near_copy_distance, seed, cache_dir
         ),
@@ -425,12 +428,22 @@ def _n_drawn(fakes: pd.DataFrame) -> int:
     return len(fakes) + int(fakes[["rejected_near_copy", "rejected_atypical"]].to_numpy().sum())
 
 
-def _atypical(fakes: pd.DataFrame, n_groups: int) -> Atypical:
-    """Beyond the farthest of n reals lie at most 1 - 0.05^(1/n) of all reals, with 95 % confidence (Wilks 1941)."""
+def _atypical(fakes: pd.DataFrame, n_groups: int, typical_share: float) -> Atypical:
     n_atypical, n_drawn = int(fakes["rejected_atypical"].sum()), _n_drawn(fakes)
     low, high = copying.wilson_interval(n_atypical, n_drawn)
-    reals_at_most = round(float(1 - 0.05 ** (1 / n_groups)), 3)
+    reals_at_most = round(beyond_quantile(n_groups, typical_share), 3)
     return Atypical(share=n_atypical / n_drawn, low=low, high=high, reals_at_most=reals_at_most)
+
+
+def beyond_quantile(n: int, share: float) -> float:
+    """Part of a distribution that lies beyond a quantile of n of its values, at most, with 95 % confidence.
+
+    Beyond the r-th of them it has a beta distribution (Wilks 1941); beyond the last at most 1 - 0.05^(1/n).
+    """
+    from scipy.stats import beta
+
+    r = ceil(share * (n - 1)) + 1
+    return float(beta.ppf(0.95, n - r + 1, r))
 
 
 def _copying(

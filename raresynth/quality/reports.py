@@ -73,7 +73,7 @@ class Atypical(Report):
     high: float
     """95 % interval of the share."""
     reals_at_most: float
-    """What reals themselves may have, at 95 %, since so few of the train split tell what is typical."""
+    """What reals themselves may have, at 95 %, since only so many of the train split tell what is typical."""
 
 
 class Copying(Report):
