@@ -7,7 +7,7 @@ from components.inputs import check_name
 from components.task import batch_dir, batches_of, check_code, errors_as_sentences, run_dir
 from raresynth.audit.synthetic import Generators, audit_batch
 from raresynth.bundle.contents import open_bundle
-from raresynth.bundle.sampler import generate_folder, no_generator
+from raresynth.bundle.sampler import generate_folder
 from raresynth.dataset.manifest import read_synthetic
 from raresynth.errors import CheckpointError
 from raresynth.report.grids import LARGEST_TILE, read_tiles, sheet
@@ -30,8 +30,7 @@ def classes_to_make(run: str, classes: list[str], name: str, code: str) -> list[
         if not bundle.generators:
             raise CheckpointError(bundle.no_generators)
         for label in classes:
-            if label not in bundle.generators:
-                raise CheckpointError(no_generator(bundle, label))
+            bundle.generator(label)
     return classes or list(bundle.generators)
 
 
@@ -46,10 +45,7 @@ def make_batch(label: str, run: str, name: str, n: int, seed: int, truncation: f
     """
     bundle, folder = run_dir(run) / "bundle", batch_dir(name) / label
     with errors_as_sentences():
-        approved = open_bundle(bundle)
-        if label not in approved.generators:
-            raise CheckpointError(no_generator(approved, label))
-        truncation = truncation or approved.generators[label].truncation
+        truncation = truncation or open_bundle(bundle).generator(label).truncation
         if not folder.exists():
             generate_folder(bundle, label, n, seed, truncation, folder)
         manifest = read_synthetic(folder / "manifest.csv", "generate")

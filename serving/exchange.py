@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import re
 import time
 import uuid
@@ -13,7 +12,7 @@ from starlette.types import Message, Send
 
 from serving import metrics
 from serving.drain import Drain
-from serving.errors import CODES, ApiError
+from serving.errors import CODES, ApiError, log
 from serving.routes import Route
 
 SECURITY = {
@@ -36,7 +35,6 @@ _SAID_BY_BENTOML = {
     b"disk I/O error": "no_space",
 }
 """What its task routes say of themselves or of SQLite -> our code."""
-log = logging.getLogger("raresynth.serving")
 
 
 def mark(headers: MutableHeaders, request_id: str) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from raresynth.bundle.contents import Bundle, read_reference
 from raresynth.bundle.predictor import Floats, Predictor, preprocess
-from raresynth.bundle.sampler import Sampler, no_generator
+from raresynth.bundle.sampler import Sampler
 from raresynth.dataset.images import Pixels
+from raresynth.errors import CheckpointError
 from raresynth.lineage import sha256_file
 from serving import metrics
 from serving.activation import activation_maps
@@ -75,8 +76,10 @@ class Models:
         Raises:
             ApiError: it has no accepted one.
         """
-        if label not in self._samplers:
-            raise ApiError("no_generator", no_generator(self.bundle, label))
+        try:
+            self.bundle.generator(label)
+        except CheckpointError as error:
+            raise ApiError("no_generator", str(error)) from None
         return self._samplers[label]
 
     def predict(self, images: Sequence[Pixels]) -> list[Verdict]:

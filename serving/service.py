@@ -1,7 +1,6 @@
 """The BentoML service: its routes and nothing else."""
 
 import gc
-import logging
 import os
 import signal
 import sqlite3
@@ -22,7 +21,7 @@ from serving.answers import BatchPredictions, BatchResult, Prediction
 from serving.approval import open_approved
 from serving.connections import install
 from serving.drain import Drain
-from serving.errors import answered
+from serving.errors import answered, log
 from serving.front import Checks, Front
 from serving.keys import Keys
 from serving.metrics import hold_space
@@ -43,7 +42,7 @@ def _or_never_again() -> Iterator[None]:
         yield
     except RaresynthError as error:
         if parent := os.environ.get(SERVER):
-            logging.getLogger("raresynth.serving").error("cannot serve any more: %s", describe(error))
+            log.error("cannot serve any more: %s", describe(error))
             os.kill(int(parent), signal.SIGTERM)
         raise
 

@@ -278,84 +278,72 @@ def test_an_image_that_would_end_the_audit_has_no_provenance(accepted_bundle: Pa
         assert said.what == "provenance" and "none is written in it" in said.detail
 
 
+class Repository:
+    """A git repository of images, their versions in a DVC remote of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.remote, self.data = folder / "repository", folder / "remote", folder / "repository" / "data"
+        self.data.mkdir(parents=True)
+        self.git("init", "-q", "-b", "main")
+        self.dvc("init", "-q")
+
+    def git(self, *arguments: str) -> None:
+        self._run("git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments)
+
+    def dvc(self, *arguments: str) -> None:
+        self._run(sys.executable, "-m", "dvc", *arguments)
+
+    def _run(self, *command: str) -> None:
+        environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True, env=environment)
+
+    def add_remote(self, name: str, *options: str) -> None:
+        self.dvc("remote", "add", "-q", "-d", *options, name, str(self.remote))
+
+    def commit(self, message: str, colour: str = "") -> None:
+        """Commit and push the images, with a new one of a colour where one is named."""
+        if colour:
+            Image.new("RGB", (8, 8), colour).save(self.data / f"{colour}.png")
+        self.dvc("add", "-q", "data")
+        self.dvc("push", "-q")
+        self.git("add", ".")
+        self.git("commit", "-qm", message)
+
+
 def test_a_repository_with_two_versions(bundle: Path, tiny_run: flow.Run, tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    repository.mkdir()
+    repository = Repository(tmp_path)
+    repository.add_remote("local")
+    shutil.copytree(tiny_run.data_dir, repository.data, dirs_exist_ok=True)
+    repository.commit("first")
+    repository.commit("second", "red")
 
-    def run(*command: str) -> None:
-        subprocess.run(
-            command, cwd=repository, check=True, capture_output=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"}
-        )
-
-    def dvc(*arguments: str) -> None:
-        run(sys.executable, "-m", "dvc", *arguments)
-
-    def commit(message: str) -> None:
-        dvc("add", "-q", "data")
-        dvc("push", "-q")
-        run("git", "add", ".")
-        run("git", "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", message)
-
-    run("git", "init", "-q")
-    dvc("init", "-q")
-    dvc("remote", "add", "-q", "-d", "local", str(tmp_path / "remote"))
-    shutil.copytree(tiny_run.data_dir, repository / "data")
-    commit("first")
-    Image.new("RGB", (64, 64), "red").save(repository / "data" / "new.png")
-    commit("second")
-
-    link = audit(Subject(bundle, repo=str(repository)))
+    link = audit(Subject(bundle, repo=str(repository.folder)))
     assert link.broken() == []
     assert any("data since commit" in check.detail for check in link.checks)
-    versions = audit(Subject(image=repository / "data" / "new.png", repo=str(repository))).checks
-    assert [check.detail for check in versions[:2]] == ["does not hold it", "holds it as new.png"]
+    new = Subject(image=repository.data / "red.png", repo=str(repository.folder))
+    assert [check.detail for check in audit(new).checks[:2]] == ["does not hold it", "holds it as red.png"]
 
-    (remote,) = (tmp_path / "remote" / "files" / "md5").glob(
-        f"{read_report(bundle / 'bundle.json', Bundle).lineage.data_md5[:2]}/*.dir"
-    )
-    remote.unlink()
+    data_md5 = read_report(bundle / "bundle.json", Bundle).lineage.data_md5
+    (repository.remote / "files" / "md5" / data_md5[:2] / f"{data_md5[2:]}").unlink()
     with pytest.raises(DataError, match="pull"):
-        audit(Subject(bundle, repo=str(repository)))
-    versions = audit(Subject(image=repository / "data" / "new.png", repo=str(repository))).checks
-    assert [check.status for check in versions[:2]] == ["unchecked", "ok"]
+        audit(Subject(bundle, repo=str(repository.folder)))
+    assert [check.status for check in audit(new).checks[:2]] == ["unchecked", "ok"]
 
 
 def test_versions_from_before_the_remote_and_of_a_branch_that_is_gone(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    (repository / "data").mkdir(parents=True)
-
-    def run(*command: str) -> None:
-        subprocess.run(
-            command, cwd=repository, check=True, capture_output=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"}
-        )
-
-    def dvc(*arguments: str) -> None:
-        run(sys.executable, "-m", "dvc", *arguments)
-
-    def commit(message: str, *images: str) -> None:
-        for name in images:
-            Image.new("RGB", (8, 8), name).save(repository / "data" / f"{name}.png")
-        dvc("add", "-q", "data")
-        dvc("push", "-q")
-        run("git", "add", ".")
-        run("git", "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", message)
-
-    run("git", "init", "-q", "-b", "main")
-    dvc("init", "-q")
-    dvc("remote", "add", "-q", "-d", "--local", "mine", str(tmp_path / "remote"))  # which nobody else sees
-    commit("first", "red")
-    run("git", "checkout", "-q", "-b", "side")
-    commit("on a branch", "blue")
-    shutil.copy(repository / "data" / "blue.png", tmp_path)
-    (repository / "data" / "blue.png").unlink()
-    commit("taken back")
-    run("git", "checkout", "-q", "main")
-    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-    run("git", *identity, "merge", "-q", "--no-ff", "-m", "merged", "side")
-    run("git", "branch", "-q", "-d", "side")
-    dvc("remote", "add", "-q", "-d", "local", str(tmp_path / "remote"))
-    commit("with a remote")
-    checks = audit(Subject(image=tmp_path / "blue.png", repo=str(repository))).checks
+    repository = Repository(tmp_path)
+    repository.add_remote("mine", "--local")  # which nobody else sees
+    repository.commit("first", "red")
+    repository.git("checkout", "-q", "-b", "side")
+    repository.commit("on a branch", "blue")
+    image = Path(shutil.move(repository.data / "blue.png", tmp_path))
+    repository.commit("taken back")
+    repository.git("checkout", "-q", "main")
+    repository.git("merge", "-q", "--no-ff", "-m", "merged", "side")
+    repository.git("branch", "-q", "-d", "side")
+    repository.add_remote("local")
+    repository.commit("with a remote")
+    checks = audit(Subject(image=image, repo=str(repository.folder))).checks
     assert [check.detail for check in checks[:2]] == ["does not hold it", "holds it as blue.png"]
 
 

@@ -69,6 +69,24 @@ class Bundle(Report):
     files: dict[str, str]
     """File, relative to the bundle -> SHA-256; all files but bundle.json and bundle.sha256."""
 
+    def generator(self, label: str) -> Generator:
+        """The accepted generator of a label.
+
+        Raises:
+            CheckpointError: there is none; the text says why, and for which labels there is one.
+        """
+        if label in self.generators:
+            return self.generators[label]
+        decision = self.decisions["classes"].get(label)
+        if decision is not None:
+            why = f"its class was {decision['decision']} ({'; '.join(decision['reasons'])})"
+        elif label in self.labels:
+            why = "its class needed no synthetic images"
+        else:
+            why = f"the labels are {', '.join(self.labels)}"
+        accepted = ", ".join(self.generators) or "none"
+        raise CheckpointError(f"the bundle has no generator for {label!r}: {why}; accepted generators: {accepted}")
+
 
 def open_bundle(folder: Path) -> Bundle:
     """Read bundle.json and check every file that it names.

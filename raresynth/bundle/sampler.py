@@ -10,7 +10,7 @@ import numpy as np
 from raresynth.bundle.contents import Bundle, open_bundle
 from raresynth.bundle.graphs import open_graph
 from raresynth.dataset.images import Pixels
-from raresynth.errors import CheckpointError, ParamsError
+from raresynth.errors import ParamsError
 from raresynth.gan.latents import CHUNK, aligned_chunks, latents
 from raresynth.gan.png import Provenance, encode_png, to_pixels
 from raresynth.lineage import new_dir, write_text
@@ -31,10 +31,8 @@ class Sampler:
             CheckpointError: this is no bundle, a file in it was changed, or it has no generator for the label.
         """
         bundle = bundle or open_bundle(folder)
-        if label not in bundle.generators:
-            raise CheckpointError(no_generator(bundle, label))
         self.label = label
-        self.generator = bundle.generators[label]
+        self.generator = bundle.generator(label)
         self._session = open_graph(folder / "generators" / label / "model.onnx", threads)
 
     def generate(self, seed: int, first: int, n: int, truncation: float) -> Pixels:
@@ -85,16 +83,3 @@ def generate_folder(bundle: Path, label: str, n: int, seed: int, truncation: flo
                 writer.writerow([*identity, seed, index, spread, hashlib.sha256(png).hexdigest(), *size])
                 advance()
         write_text(folder / "manifest.csv", text.getvalue())
-
-
-def no_generator(bundle: Bundle, label: str) -> str:
-    """Why there is no generator for the label, and for which there is one."""
-    decision = bundle.decisions["classes"].get(label)
-    if decision is not None:
-        why = f"its class was {decision['decision']} ({'; '.join(decision['reasons'])})"
-    elif label in bundle.labels:
-        why = "its class needed no synthetic images"
-    else:
-        why = f"the labels are {', '.join(bundle.labels)}"
-    accepted = ", ".join(bundle.generators) or "none"
-    return f"the bundle has no generator for {label!r}: {why}; accepted generators: {accepted}"
