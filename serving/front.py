@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import metrics
 from serving.drain import Drain
-from serving.errors import ApiError, request_id
-from serving.exchange import RETRY_S, Exchange, log
+from serving.errors import ApiError, log, request_id
+from serving.exchange import RETRY_S, Exchange
 from serving.keys import Keys
 from serving.rate import RateLimit
 from serving.requests import FORMS, PARSED, parse

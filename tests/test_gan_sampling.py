@@ -88,6 +88,7 @@ def test_png_is_lossless_names_its_origin_and_is_deterministic():
     origin = Provenance("ab" * 32, "Kératose “séborrhéique”", 1, 2)
     png = encode_png(pixels, origin)
     assert png == encode_png(pixels, origin)
+    Image.open(BytesIO(png)).verify()
     image = Image.open(BytesIO(png))
     assert np.array_equal(np.asarray(image), pixels)
     assert image.text == {

@@ -1,6 +1,8 @@
 """Synthetic images as files: from network output to pixels, and to PNG that names its origin. Knows no torch."""
 
 import json
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -9,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngInfo, putchunk
 
 Pixels = npt.NDArray[np.uint8]
+_SIGNATURE, _RGB, _AVERAGE = b"\x89PNG\r\n\x1a\n", 2, 3
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,38 @@ def to_pixels(output: npt.NDArray[np.float32]) -> Pixels:
 
 
 def encode_png(pixels: Pixels, provenance: Provenance) -> bytes:
-    """One image (R, R, 3) as PNG with text chunks: generator, label, seed, index, truncation and `synthetic`: true."""
+    """One image (R, R, 3) as PNG with text chunks: generator, label, seed, index, truncation and `synthetic`: true.
+
+    PIL's own encoder takes twice as long, and no other thread of Python runs meanwhile; zlib lets them run.
+    """
     text = PngInfo()
     for key, value in {**vars(provenance), "synthetic": True}.items():
         text.add_text(key, value if isinstance(value, str) else json.dumps(value))
+    height, width, _ = pixels.shape
     buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=text, compress_level=1)
+    buffer.write(_SIGNATURE)
+    putchunk(buffer, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, _RGB, 0, 0, 0))
+    for kind, content, *_ in text.chunks:
+        putchunk(buffer, kind, content)
+    putchunk(buffer, b"IDAT", zlib.compress(_minus_average(pixels).tobytes(), 1))
+    putchunk(buffer, b"IEND")
     return buffer.getvalue()
+
+
+def _minus_average(pixels: Pixels) -> Pixels:
+    """Rows of a PNG, (R, 1 + 3 R): the filter's number, then values minus the mean of the pixels left and above.
+
+    PNG specification, 9.2, filter 3 of 5. On HAM10000 files are up to 10 % smaller than with the best filter of each
+    row, as PIL chooses it; on grey X-rays up to 10 % larger.
+    """
+    rows = pixels.reshape(len(pixels), -1)
+    expected = np.zeros(rows.shape, np.uint16)
+    expected[1:] = rows[:-1]
+    expected[:, 3:] += rows[:, :-3]
+    filtered = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
+    filtered[:, 0] = _AVERAGE
+    np.subtract(rows, (expected >> 1).astype(np.uint8), out=filtered[:, 1:])
+    return filtered
 
 
 def read_provenance(image: Image.Image) -> Provenance | None:
