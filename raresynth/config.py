@@ -195,6 +195,8 @@ class SynthesisConfig(Config):
     """Images farther from the train reals than this share of these are from each other are rejected; 1 rejects none."""
     near_copy_distance: Share = 0.5
     """Images nearer to a train image than this part of the distance to the next ones are rejected; 0 rejects none."""
+    min_images: PositiveCount = 300
+    """A class is judged by at least so many images, of which the first are used if fewer balance it."""
 
 
 class QualityConfig(Config):

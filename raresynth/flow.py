@@ -260,7 +260,7 @@ def _synthesize(task: Task) -> Outcome:
 
 
 def _drawing(task: Task, label: str) -> "tuple[Drawing, int]":
-    """A class's generator with its sieve, and how many images balance the class."""
+    """A class's generator with its sieve, and how many images are to be drawn."""
     from raresynth.dataset.balance import images_to_synthesize
     from raresynth.dataset.manifest import read_manifest
     from raresynth.gan.synthesis import Drawing
@@ -270,7 +270,8 @@ def _drawing(task: Task, label: str) -> "tuple[Drawing, int]":
     encoder = task.path("train-encoder")
     sieve = TrainSieve(run.data_dir, task.manifest, encoder, label, config, run.packed, task.device)
     drawing = Drawing(task.path("finetune", label), label, config, task.device, sieve)
-    return drawing, images_to_synthesize(read_manifest(task.manifest), run.params.balance)[label]
+    balancing = images_to_synthesize(read_manifest(task.manifest), run.params.balance)[label]
+    return drawing, max(balancing, config.min_images)
 
 
 def _synthesize_majority(task: Task) -> Outcome:
@@ -317,6 +318,8 @@ def _measure(task: Task) -> Outcome:
 
 
 def _gate(task: Task) -> Outcome:
+    from raresynth.dataset.balance import images_to_synthesize
+    from raresynth.dataset.manifest import read_manifest
     from raresynth.quality.accepted import gate
 
     records = task.needs["measure"]
@@ -339,6 +342,7 @@ def _gate(task: Task) -> Outcome:
         reasons(final=True),
         reasons(final=False),
         done("synthesize") | {folder.name: folder for folder in majority},
+        images_to_synthesize(read_manifest(task.manifest), task.run.params.balance),
         task.run.store,
         task.out_dir,
         task.run.params.gate,
@@ -572,8 +576,8 @@ STAGES: dict[str, Stage] = {
     "gate": Stage(
         _gate,
         ("validate", "finetune", "synthesize", "synthesize-majority", "measure"),
-        ("gate",),
-        ("quality", "lineage.py"),
+        ("balance", "gate"),
+        ("quality", "dataset/balance.py", "dataset/manifest.py", "lineage.py"),
         "gate",
     ),
     "train-classifier": Stage(

@@ -39,7 +39,7 @@ TINY_PARAMS = {
         "precision": "fp32",
     },
     "balance": {"policy": "fixed", "count": 32},
-    "synthesis": {"typical_share": 1.0, "near_copy_distance": 0.0},
+    "synthesis": {"min_images": 32, "typical_share": 1.0, "near_copy_distance": 0.0},
     "classifier": {
         "model": "test_resnet",
         "resolution": 32,

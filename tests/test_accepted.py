@@ -8,7 +8,7 @@ import pandas as pd
 from known import GENEROUS
 
 from raresynth import flow
-from raresynth.config import GateConfig
+from raresynth.config import GateConfig, Params
 from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.lineage import read_report, write_report
 from raresynth.quality.accepted import gate
@@ -30,6 +30,13 @@ def settled(folder: Path, to: Path) -> Path:
     return to
 
 
+def few_images(params: Params, judged: int) -> Params:
+    """Params by which three images balance a class."""
+    balance = params.balance.model_copy(update={"count": 3})
+    synthesis = params.synthesis.model_copy(update={"min_images": judged})
+    return params.model_copy(update={"balance": balance, "synthesis": synthesis})
+
+
 def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_path: Path) -> None:
     quality, synthetic = folders(tiny_run, "measure"), folders(tiny_run, "synthesize")
     rejected = next(iter(quality))
@@ -38,6 +45,7 @@ def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_p
         {rejected: "training collapsed at step 7"},
         {"scarce": "class scarce has 3 real images"},
         synthetic,
+        dict.fromkeys(synthetic, 5),
         tiny_run.store,
         tmp_path,
         NO_LIMITS,
@@ -50,7 +58,8 @@ def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_p
     usable = pd.read_csv(tmp_path / "accepted.csv")
     assert list(usable.columns) == list(SYNTHETIC_COLUMNS)
     assert sorted(usable["label"].unique()) == sorted(accepted)
-    assert usable["label"].value_counts().to_dict() == report.n_accepted
+    assert usable["label"].value_counts().to_dict() == report.n_accepted == dict.fromkeys(accepted, 5)
+    assert all(usable.groupby("label")["index"].apply(list) == [list(range(5))] * len(accepted))
     drawn = pd.read_csv(tmp_path / "drawn.csv")
     assert sorted(drawn["label"].unique()) == sorted(synthetic)  # accepted or not
     assert all((tiny_run.store / path).is_file() for path in drawn["path"])
@@ -58,7 +67,7 @@ def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_p
 
 
 def test_where_nothing_is_accepted_the_manifest_is_empty(tiny_run: flow.Run, tmp_path: Path) -> None:
-    gate({}, {"a": "collapsed"}, {}, {}, tmp_path, tmp_path, GateConfig())
+    gate({}, {"a": "collapsed"}, {}, {}, {}, tmp_path, tmp_path, GateConfig())
     assert pd.read_csv(tmp_path / "accepted.csv").empty
     assert json.loads((tmp_path / "decisions.json").read_text())["classes"]["a"]["decision"] == "rejected"
 
@@ -66,14 +75,27 @@ def test_where_nothing_is_accepted_the_manifest_is_empty(tiny_run: flow.Run, tmp
 def test_a_class_too_small_to_measure_stops_nothing(tiny_run: flow.Run, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(tiny_run.store, store)
-    few = tiny_run.params.balance.model_copy(update={"count": 3})
-    run = flow.Run(tiny_run.data_dir, store, tiny_run.params.model_copy(update={"balance": few}))
+    run = flow.Run(tiny_run.data_dir, store, few_images(tiny_run.params, judged=3))
     for stage in ("synthesize", "measure", "gate"):
         flow.execute_all(stage, run)
     assert {flow.read_record(store, "measure", label).status for label in flow.items(run, "label")} == {"skipped"}
     decisions = json.loads((store / "gate" / "decisions.json").read_text())["classes"]
     assert {entry["decision"] for entry in decisions.values()} == {"insufficient"}
     assert all("got 3 synthetic images" in entry["reasons"][0] for entry in decisions.values())
+
+
+def test_a_class_that_needs_few_images_is_judged_by_more(tiny_run: flow.Run, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_run.store, store)
+    run = flow.Run(tiny_run.data_dir, store, few_images(tiny_run.params, judged=32))
+    for stage in ("synthesize", "measure", "gate"):
+        flow.execute_all(stage, run)
+    labels = flow.items(run, "label")
+    quality = [read_report(store / "quality" / label / "report.json", QualityReport) for label in labels]
+    assert [report.n_fake for report in quality] == [32] * len(labels)
+    drawn = pd.read_csv(store / "gate" / "drawn.csv")
+    of_classes = drawn[drawn["label"].isin(labels)]
+    assert of_classes.groupby("label")["index"].apply(list).to_dict() == {label: [0, 1, 2] for label in labels}
 
 
 def test_a_class_called_none_keeps_its_images(tiny_run: flow.Run, tmp_path: Path) -> None:
@@ -83,6 +105,6 @@ def test_a_class_called_none_keeps_its_images(tiny_run: flow.Run, tmp_path: Path
     for source, name, file in ((good, "quality", "report.json"), (synthetic[label], "fakes", "manifest.csv")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text((source / file).read_text().replace(label, "None"))
-    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, tmp_path, tmp_path, NO_LIMITS)
+    gate({"None": tmp_path / "quality"}, {}, {}, {"None": tmp_path / "fakes"}, {}, tmp_path, tmp_path, NO_LIMITS)
     usable = pd.read_csv(tmp_path / "accepted.csv", keep_default_na=False)
     assert set(usable["label"]) == {"None"}

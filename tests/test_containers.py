@@ -29,7 +29,7 @@ OVERRIDES = {
     "encoder": {"steps": 250, "width": 16, "batch_size": 32},
     "gan": {"width": 8, "latent_dim": 16, "snapshots": 2, "batch_size": 16, "pretrain_kimg": 2.0, "finetune_kimg": 0.3},
     "balance": {"policy": "fixed", "count": 32},
-    "synthesis": {"typical_share": 1.0, "near_copy_distance": 0.0},
+    "synthesis": {"min_images": 32, "typical_share": 1.0, "near_copy_distance": 0.0},
     # What is tried here is the flow, and it is to go to its end.
     "gate": GENEROUS,
     "classifier": {

@@ -1,4 +1,4 @@
-"""How many images to synthesise for each class."""
+"""How many synthetic images balance each class."""
 
 from fractions import Fraction
 from math import ceil

@@ -25,13 +25,15 @@ def gate(
     failed: Mapping[str, str],
     unmeasured: Mapping[str, str],
     synthetic_dirs: Mapping[str, Path],
+    balancing: Mapping[str, int],
     root: Path,
     out_dir: Path,
     config: GateConfig,
 ) -> GateReport:
     """Decide on every class.
 
-    Writes decisions.json, accepted.csv, the synthetic images that may be used, and drawn.csv, all that there are.
+    Writes decisions.json, accepted.csv, the synthetic images that may be used, and drawn.csv, those of rejected
+    classes too.
 
     Args:
         quality_dirs: label -> folder that `measure` left.
@@ -39,6 +41,7 @@ def gate(
         unmeasured: label -> why its images could not be measured, or which error stood in the way; such a class stays
             insufficient.
         synthetic_dirs: label -> folder that `synthesize` left; may hold classes that are not decided on.
+        balancing: label -> how many images balance it, where more may have been drawn to judge it: the first are used.
         root: folder that the paths in accepted.csv and drawn.csv are relative to.
 
     Raises:
@@ -51,7 +54,7 @@ def gate(
         label: ClassDecision(label=label, decision="insufficient", reasons=[why]) for label, why in unmeasured.items()
     }
     accepted = [label for label, decision in decisions.items() if decision.decision == "accepted"]
-    drawn = {label: _read(folder, root) for label, folder in synthetic_dirs.items()}
+    drawn = {label: _read(folder, root)[: balancing.get(label)] for label, folder in synthetic_dirs.items()}
     for name, labels in (("accepted.csv", accepted), ("drawn.csv", drawn)):
         rows = pd.concat([pd.DataFrame(columns=list(SYNTHETIC_COLUMNS)), *(drawn[label] for label in labels)])
         write_text(out_dir / name, rows.to_csv(index=False, lineterminator="\n"))

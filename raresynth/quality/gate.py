@@ -17,7 +17,7 @@ to 40-150 reals, with sets of images whose worth is known (tests/test_gate.py re
 - Near-copy distance 0.5: 96 to 100 % of training images that were turned, mirrored, shifted by fractions of up to
   2 of 32 pixels, recoloured and noised lie under it, and 0 to 0.7 % of unseen reals.
 - Near-copy share <= 2.5 %: with 230 or more synthetic images one jittered copy in twenty is rejected, and unseen reals
-  are accepted. With fewer than 150 images even none in all leaves the share unsettled.
+  are accepted. With fewer than 150 images even none in all leaves the share unsettled: see `synthesis.min_images`.
 - Share nearer than unseen reals <= 0.7: of the pairs of a synthetic image and an unseen real. It sees wholesale
   copying: 1 of copies alone, 0.65 to 0.76 of images mixed from 0.6 of a jittered train image and 0.4 of a drawn one;
   one copy in twenty moves it by 0.03. Generators that copy nothing have 0.35 to 0.58.
@@ -110,7 +110,7 @@ def _near_copies(copying: Copying, limit: float) -> tuple[Verdict, str]:
         return "insufficient", f"{text}, but of {which} {100 * reals:.1f} % count as copies too"
     least = ceil(Z_95**2 * (1 - limit) / limit) if limit else 0  # Wilson's upper bound of 0 in so many is the limit
     if verdict == "insufficient" and copying.n_drawn < least:
-        return verdict, f"{text}; it takes {least} (balance.policy fixed or ratio asks for more)"
+        return verdict, f"{text}; it takes {least} (synthesis.min_images asks for more)"
     return verdict, text
 
 

@@ -124,8 +124,8 @@ def _fakes(path: Path, label: str, limit: int, seed: int) -> pd.DataFrame:
     frame = read_synthetic(path, "synthesize")
     if len(frame) < 2 * MIN_REAL:
         raise TooFewImages(
-            f"class {label} got {len(frame)} synthetic images and measuring needs {2 * MIN_REAL}; ask for more with "
-            "balance.policy fixed or ratio"
+            f"class {label} got {len(frame)} synthetic images and measuring needs {2 * MIN_REAL}; raise "
+            "synthesis.min_images"
         )
     return at_most(frame, limit, seed)
 
