@@ -182,7 +182,7 @@ class BalanceConfig(Config):
     ratio: Positive = 1.0
     """ratio: this many synthetic images for each real one, for each class below the largest."""
     max_per_class: Count = 0
-    """Most synthetic images for one class; 0 sets no limit."""
+    """Most synthetic images to balance one class; 0 sets no limit."""
     classes: tuple[str, ...] = ()
     """Only these classes get images; where none is named, each class that the policy asks images for."""
 

@@ -57,8 +57,8 @@ def encode_png(pixels: Pixels, provenance: Provenance) -> bytes:
 def _minus_average(pixels: Pixels) -> Pixels:
     """Rows of a PNG, (R, 1 + 3 R): the filter's number, then values minus the mean of the pixels left and above.
 
-    PNG specification, 9.2, filter 3 of 5. On HAM10000 files are up to 10 % smaller than with the best filter of each
-    row, as PIL chooses it; on grey X-rays up to 10 % larger.
+    PNG specification, 9.2, filter 3 of 5. Of HAM10000 files are 3 % larger (32 x 32) to 3 % smaller (128 x 128) than
+    with the best filter of each row, as PIL chooses it; of grey X-rays 5 to 10 % larger.
     """
     rows = pixels.reshape(len(pixels), -1)
     expected = np.zeros(rows.shape, np.uint16)
