@@ -8,7 +8,7 @@ import pandas as pd
 from known import GENEROUS
 
 from raresynth import flow
-from raresynth.config import GateConfig, Params
+from raresynth.config import GateConfig
 from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.lineage import read_report, write_report
 from raresynth.quality.accepted import gate
@@ -30,11 +30,18 @@ def settled(folder: Path, to: Path) -> Path:
     return to
 
 
-def few_images(params: Params, judged: int) -> Params:
-    """Params by which three images balance a class."""
-    balance = params.balance.model_copy(update={"count": 3})
-    synthesis = params.synthesis.model_copy(update={"min_images": judged})
-    return params.model_copy(update={"balance": balance, "synthesis": synthesis})
+def gated_again(tiny_run: flow.Run, store: Path, judged: int) -> flow.Run:
+    """A copy of the run in which three images balance a class, and `judged` are drawn, after its gate."""
+    shutil.copytree(tiny_run.store, store)
+    params = tiny_run.params
+    few = {
+        "balance": params.balance.model_copy(update={"count": 3}),
+        "synthesis": params.synthesis.model_copy(update={"min_images": judged}),
+    }
+    run = flow.Run(tiny_run.data_dir, store, params.model_copy(update=few))
+    for stage in ("synthesize", "measure", "gate"):
+        flow.execute_all(stage, run)
+    return run
 
 
 def test_accepted_images_are_listed_and_others_are_not(tiny_run: flow.Run, tmp_path: Path) -> None:
@@ -73,27 +80,19 @@ def test_where_nothing_is_accepted_the_manifest_is_empty(tiny_run: flow.Run, tmp
 
 
 def test_a_class_too_small_to_measure_stops_nothing(tiny_run: flow.Run, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(tiny_run.store, store)
-    run = flow.Run(tiny_run.data_dir, store, few_images(tiny_run.params, judged=3))
-    for stage in ("synthesize", "measure", "gate"):
-        flow.execute_all(stage, run)
-    assert {flow.read_record(store, "measure", label).status for label in flow.items(run, "label")} == {"skipped"}
-    decisions = json.loads((store / "gate" / "decisions.json").read_text())["classes"]
+    run = gated_again(tiny_run, tmp_path / "store", judged=3)
+    assert {flow.read_record(run.store, "measure", label).status for label in flow.items(run, "label")} == {"skipped"}
+    decisions = json.loads((run.store / "gate" / "decisions.json").read_text())["classes"]
     assert {entry["decision"] for entry in decisions.values()} == {"insufficient"}
     assert all("got 3 synthetic images" in entry["reasons"][0] for entry in decisions.values())
 
 
 def test_a_class_that_needs_few_images_is_judged_by_more(tiny_run: flow.Run, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    shutil.copytree(tiny_run.store, store)
-    run = flow.Run(tiny_run.data_dir, store, few_images(tiny_run.params, judged=32))
-    for stage in ("synthesize", "measure", "gate"):
-        flow.execute_all(stage, run)
+    run = gated_again(tiny_run, tmp_path / "store", judged=32)
     labels = flow.items(run, "label")
-    quality = [read_report(store / "quality" / label / "report.json", QualityReport) for label in labels]
+    quality = [read_report(run.store / "quality" / label / "report.json", QualityReport) for label in labels]
     assert [report.n_fake for report in quality] == [32] * len(labels)
-    drawn = pd.read_csv(store / "gate" / "drawn.csv")
+    drawn = pd.read_csv(run.store / "gate" / "drawn.csv")
     of_classes = drawn[drawn["label"].isin(labels)]
     assert of_classes.groupby("label")["index"].apply(list).to_dict() == {label: [0, 1, 2] for label in labels}
 

@@ -324,7 +324,7 @@ def test_a_repository_with_two_versions(bundle: Path, tiny_run: flow.Run, tmp_pa
     assert [check.detail for check in audit(new).checks[:2]] == ["does not hold it", "holds it as red.png"]
 
     data_md5 = read_report(bundle / "bundle.json", Bundle).lineage.data_md5
-    (repository.remote / "files" / "md5" / data_md5[:2] / f"{data_md5[2:]}").unlink()
+    (repository.remote / "files" / "md5" / data_md5[:2] / data_md5[2:]).unlink()
     with pytest.raises(DataError, match="pull"):
         audit(Subject(bundle, repo=str(repository.folder)))
     assert [check.status for check in audit(new).checks[:2]] == ["unchecked", "ok"]
