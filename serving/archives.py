@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import threading
+import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import IO, Any, Literal
 
@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from raresynth.bundle.sampler import Sampler
+from raresynth.bundle.sampler import PASS, Sampler
 from raresynth.dataset.images import Pixels
 
 Format = Literal["png", "jpeg", "npz"]
-STEP = 16
-"""Images drawn at a time: one pass of the generator, after which the work may be dropped."""
 JPEG_QUALITY = 95
+
+LARGEST = 16
+"""Images of a piece at most: what one thread draws of an order before others have their turn."""
 
 
 class Order(BaseModel):
@@ -33,85 +34,82 @@ class Order(BaseModel):
     format: Format
 
 
-class Dropped(Exception):
-    """Nobody waits for the archive any more."""
+def pieces(n: int, threads: int) -> list[range]:
+    """Images 0 .. n - 1 in pieces: one for each thread, if these are not too large."""
+    step = min(LARGEST, PASS * math.ceil(n / (PASS * threads)))
+    return [range(first, min(first + step, n)) for first in range(0, n, step)]
+
+
+def draw(sampler: Sampler, order: Order, piece: range) -> list[bytes]:
+    """Some images of an order: a file each, or for npz the bytes of its pixels."""
+    drawn = sampler.generate(order.seed, piece.start, len(piece), order.truncation)
+    return [_ENCODE[order.format](pixels, sampler, order, i) for i, pixels in zip(piece, drawn, strict=True)]
 
 
 def write_archive(
-    out: IO[bytes], sampler: Sampler, order: Order, lineage: dict[str, Any], dropped: threading.Event
+    out: IO[bytes], sampler: Sampler, order: Order, images: Iterable[bytes], lineage: dict[str, Any]
 ) -> None:
-    """Write the archive of images 0 .. n - 1 of the seed, then manifest.json, in constant memory.
+    """Write an order's images as they come from `draw`, then manifest.json.
 
     Args:
         lineage: what the manifest says of the bundle.
-
-    Raises:
-        Dropped: `dropped` was set.
     """
     with zipfile.ZipFile(out, "w") as archive:
-        chunks = _chunks(sampler, order, dropped)
-        images = _arrays(archive, order, chunks) if order.format == "npz" else _files(archive, sampler, order, chunks)
+        if order.format == "npz":
+            entries = _array(archive, images, (order.n, *2 * [sampler.generator.resolution], 3))
+        else:
+            entries = _files(archive, images, order.format)
         manifest = {
             "synthetic": True,
             **order.model_dump(),
             "generator": sampler.generator.weights_sha256,
             **lineage,
-            "images": images,
+            "images": entries,
         }
         _add(archive, "manifest.json", json.dumps(manifest, indent=2, sort_keys=True).encode())
 
 
-def _chunks(sampler: Sampler, order: Order, dropped: threading.Event) -> Iterator[tuple[int, Pixels]]:
-    for first in range(0, order.n, STEP):
-        if dropped.is_set():
-            raise Dropped
-        yield first, sampler.generate(order.seed, first, min(STEP, order.n - first), order.truncation)
-
-
-def _files(
-    archive: zipfile.ZipFile, sampler: Sampler, order: Order, chunks: Iterator[tuple[int, Pixels]]
-) -> list[dict[str, Any]]:
+def _files(archive: zipfile.ZipFile, images: Iterable[bytes], suffix: str) -> list[dict[str, Any]]:
     entries = []
-    for first, chunk in chunks:
-        for index, pixels in enumerate(chunk, first):
-            name = f"{index:06d}.{order.format}"
-            content = (
-                sampler.png(pixels, order.seed, index, order.truncation)
-                if order.format == "png"
-                else _jpeg(pixels, {"synthetic": True, **_provenance(sampler, order, index)})
-            )
-            _add(archive, name, content)
-            entries.append({"index": index, "path": name, "sha256": hashlib.sha256(content).hexdigest()})
+    for index, content in enumerate(images):
+        name = f"{index:06d}.{suffix}"
+        _add(archive, name, content)
+        entries.append({"index": index, "path": name, "sha256": hashlib.sha256(content).hexdigest()})
     return entries
 
 
-def _arrays(archive: zipfile.ZipFile, order: Order, chunks: Iterator[tuple[int, Pixels]]) -> list[dict[str, Any]]:
-    """One file images.npz that holds `images`, uint8 (n, R, R, 3); what is hashed are its bytes."""
+def _array(archive: zipfile.ZipFile, images: Iterable[bytes], shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One file images.npz that holds `images`, uint8 of a shape; what is hashed are its bytes."""
     digest = hashlib.sha256()
     with (
         archive.open(zipfile.ZipInfo("images.npz"), "w", force_zip64=True) as file,
         zipfile.ZipFile(file, "w") as arrays,
         arrays.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as array,
     ):
-        for first, pixels in chunks:
-            if first == 0:
-                shape = (order.n, *pixels.shape[1:])
-                np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            array.write(pixels.tobytes())
-            digest.update(pixels.tobytes())
-    return [{"first": 0, "n": order.n, "path": "images.npz", "pixels_sha256": digest.hexdigest()}]
+        np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for pixels in images:
+            array.write(pixels)
+            digest.update(pixels)
+    return [{"first": 0, "n": shape[0], "path": "images.npz", "pixels_sha256": digest.hexdigest()}]
 
 
-def _provenance(sampler: Sampler, order: Order, index: int) -> dict[str, Any]:
+def _png(pixels: Pixels, sampler: Sampler, order: Order, index: int) -> bytes:
+    return sampler.png(pixels, order.seed, index, order.truncation)
+
+
+def _jpeg(pixels: Pixels, sampler: Sampler, order: Order, index: int) -> bytes:
     origin = {"generator": sampler.generator.weights_sha256, "label": order.label, "seed": order.seed}
-    return {**origin, "index": index, "truncation": order.truncation}
-
-
-def _jpeg(pixels: Pixels, provenance: dict[str, Any]) -> bytes:
+    comment = json.dumps({"synthetic": True, **origin, "index": index, "truncation": order.truncation})
     buffer = BytesIO()
-    comment = json.dumps(provenance).encode()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, comment=comment)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, comment=comment.encode())
     return buffer.getvalue()
+
+
+def _raw(pixels: Pixels, *_: object) -> bytes:
+    return pixels.tobytes()
+
+
+_ENCODE: dict[Format, Callable[[Pixels, Sampler, Order, int], bytes]] = {"png": _png, "jpeg": _jpeg, "npz": _raw}
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

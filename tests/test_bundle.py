@@ -128,6 +128,13 @@ def test_images_are_those_that_torch_draws(bundle: Path) -> None:
     assert np.abs(drawn.astype(int) - sampled.astype(int)).max() <= 1
 
 
+def test_an_image_is_the_same_whatever_is_asked_for_beside_it(bundle: Path) -> None:
+    sampler = Sampler(bundle, LABEL)
+    drawn = sampler.generate(3, 0, 12, 0.9)
+    for first, n in ((0, 1), (3, 1), (4, 4), (5, 7), (11, 1)):
+        assert np.array_equal(sampler.generate(3, first, n, 0.9), drawn[first : first + n])
+
+
 def test_a_label_without_generator_is_refused_with_the_reason(bundle: Path, tmp_path: Path) -> None:
     rejected = next(
         label for label, entry in open_bundle(bundle).decisions["classes"].items() if entry["decision"] == "rejected"

@@ -32,14 +32,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from raresynth import lineage
 from raresynth.bundle.contents import open_bundle, read_reference, write_bundle_json
 from raresynth.bundle.predictor import Predictor
-from raresynth.bundle.sampler import Sampler
-from raresynth.dataset.images import decode_image
+from raresynth.bundle.sampler import PASS, Sampler
+from raresynth.dataset.images import Pixels, decode_image
 from raresynth.errors import CheckpointError, ParamsError
 from raresynth.gan.png import read_provenance
 from serving import service
 from serving.activation import ActivationMaps
 from serving.approval import open_approved
-from serving.archives import Dropped, Order, write_archive
+from serving.archives import Order, draw, pieces, write_archive
 from serving.batching import Batcher
 from serving.drift import ENOUGH, Drift, beyond_chance, stability_index
 from serving.errors import CODES, ApiError, answered
@@ -52,6 +52,7 @@ from serving.pages import pages
 from serving.rate import RateLimit
 from serving.requests import MAX_IMAGES, Images, LargeOrder, parse
 from serving.requests import Image as OneImage
+from serving.requests import Order as ImageOrder
 from serving.routes import ROUTES, find_route
 from serving.settings import Settings, read_settings
 from serving.threads import Threads
@@ -222,7 +223,9 @@ def test_an_overlay_is_warm_where_the_features_spoke_for_the_label(accepted_bund
 def written(sampler: Sampler, **order: object) -> bytes:
     out = io.BytesIO()
     asked = {"label": "vascular", "n": 20, "seed": 3, "truncation": 1.0, "format": "png", **order}
-    write_archive(out, sampler, Order.model_validate(asked), {"bundle": "b"}, threading.Event())
+    drawing = Order.model_validate(asked)
+    images = (image for piece in pieces(drawing.n, threads=1) for image in draw(sampler, drawing, piece))
+    write_archive(out, sampler, drawing, images, {"bundle": "b"})
     return out.getvalue()
 
 
@@ -256,12 +259,65 @@ def test_archives_hold_what_was_ordered(accepted_bundle: Path) -> None:
         assert said["synthetic"] is True and said["index"] == 1
 
 
-def test_an_archive_that_nobody_waits_for_is_dropped(accepted_bundle: Path) -> None:
-    order = Order(label="vascular", n=10_000, seed=0, truncation=1.0, format="png")
-    dropped = threading.Event()
-    dropped.set()
-    with pytest.raises(Dropped):
-        write_archive(io.BytesIO(), Sampler(accepted_bundle, "vascular"), order, {}, dropped)
+@pytest.mark.parametrize(
+    ("n", "threads", "lengths"),
+    [(1, 2, [1]), (6, 2, [4, 2]), (16, 2, [8, 8]), (20, 2, [12, 8]), (40, 1, [16, 16, 8]), (256, 4, [16] * 16)],
+)
+def test_an_order_has_a_piece_for_each_thread_and_none_is_large(n: int, threads: int, lengths: list[int]) -> None:
+    found = pieces(n, threads)
+    assert [index for piece in found for index in piece] == list(range(n))
+    assert [len(piece) for piece in found] == lengths
+    assert all(piece.start % PASS == 0 for piece in found), "images would be drawn twice"
+
+
+def test_archives_are_the_same_however_many_threads_draw_them(accepted_bundle: Path, tmp_path: Path) -> None:
+    def archive(threads: int, form: str) -> bytes:
+        settings = Settings(bundle=accepted_bundle, threads=threads)
+        order = ImageOrder(label="vascular", n=37, seed=5, format=form)  # type: ignore[arg-type]
+        return asyncio.run(Generation(Models(settings), settings, tmp_path).archive(order))
+
+    for form in ("png", "jpeg", "npz"):
+        assert archive(1, form) == archive(3, form)
+
+
+def test_a_small_order_does_not_wait_for_the_whole_of_a_large_one(accepted_bundle: Path, tmp_path: Path) -> None:
+    settings = Settings(bundle=accepted_bundle, threads=2)
+    generation, ended = Generation(Models(settings), settings, tmp_path), []
+
+    async def ask(n: int) -> None:
+        await generation.archive(ImageOrder(label="vascular", n=n))
+        ended.append(n)
+
+    async def scenario() -> None:
+        await asyncio.gather(ask(256), ask(1))
+
+    asyncio.run(scenario())
+    assert ended == [1, 256]
+
+
+def test_an_archive_that_nobody_waits_for_is_drawn_no_further(accepted_bundle: Path, tmp_path: Path) -> None:
+    models, settings = Models(Settings(bundle=accepted_bundle)), Settings()
+    generation, sampler = Generation(models, settings, tmp_path), models.sampler("vascular")
+    drawn, draws = [], sampler.generate
+
+    def generate(seed: int, first: int, n: int, truncation: float) -> Pixels:
+        drawn.append(first)
+        return draws(seed, first, n, truncation)
+
+    sampler.generate = generate  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(generation.archive(ImageOrder(label="vascular", n=256)))
+        while not drawn:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while generation.oldest_s():
+            await asyncio.sleep(0.001)
+
+    asyncio.run(scenario())
+    assert len(drawn) <= 2 * settings.threads < len(pieces(256, settings.threads))
 
 
 def test_an_archive_that_cannot_be_written_is_told_and_leaves_nothing(accepted_bundle: Path, tmp_path: Path) -> None:

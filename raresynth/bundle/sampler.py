@@ -11,10 +11,14 @@ from raresynth.bundle.contents import Bundle, open_bundle
 from raresynth.bundle.graphs import open_graph
 from raresynth.dataset.images import Pixels
 from raresynth.errors import ParamsError
-from raresynth.gan.latents import CHUNK, aligned_chunks, latents
+from raresynth.gan.latents import latents
 from raresynth.gan.png import Provenance, encode_png, to_pixels
 from raresynth.lineage import new_dir, write_text
 from raresynth.progress import progress
+
+PASS = 4
+"""Images of one run of the graph. Always as many, because a batch's shape may change float rounding; on a CPU a few
+take no longer each than many, and who asks for few waits for few."""
 
 
 class Sampler:
@@ -37,13 +41,13 @@ class Sampler:
 
     def generate(self, seed: int, first: int, n: int, truncation: float) -> Pixels:
         """Images first .. first + n - 1; uint8 (n, R, R, 3). Image i depends on seed, truncation and i alone."""
-        chunks = aligned_chunks(range(first, first + n))
-        return np.concatenate([to_pixels(self._chunk(seed, start, truncation))[rows] for start, rows in chunks])
+        skipped = first % PASS
+        starts = range(first - skipped, first + n, PASS)
+        return np.concatenate([self._pass(seed, start, truncation) for start in starts])[skipped : skipped + n]
 
-    def _chunk(self, seed: int, start: int, truncation: float) -> "np.typing.NDArray[np.float32]":
-        inputs = {"latents": latents(seed, start, CHUNK, self.generator.latent_dim, truncation)}
-        output: np.typing.NDArray[np.float32] = self._session.run(None, inputs)[0]
-        return output
+    def _pass(self, seed: int, first: int, truncation: float) -> Pixels:
+        inputs = {"latents": latents(seed, first, PASS, self.generator.latent_dim, truncation)}
+        return to_pixels(self._session.run(None, inputs)[0])
 
     def png(self, pixels: Pixels, seed: int, index: int, truncation: float) -> bytes:
         """One image (R, R, 3) as PNG with its provenance."""
@@ -73,8 +77,8 @@ def generate_folder(bundle: Path, label: str, n: int, seed: int, truncation: flo
     columns = ("image_id", "path", "label", "generator", "seed", "index", "truncation", "sha256", "width", "height")
     writer.writerow(columns)
     with new_dir(out) as folder, progress(f"generate {label}", n, "images") as advance:
-        for first in range(0, n, CHUNK):
-            for offset, pixels in enumerate(sampler.generate(seed, first, min(CHUNK, n - first), spread)):
+        for first in range(0, n, PASS):
+            for offset, pixels in enumerate(sampler.generate(seed, first, min(PASS, n - first), spread)):
                 index = first + offset
                 png, name = sampler.png(pixels, seed, index, spread), f"{index:06d}.png"
                 (folder / name).write_bytes(png)
