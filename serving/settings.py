@@ -41,8 +41,8 @@ class Settings(BaseModel):
     """Folder for finished batches of synthetic images and the server's own files; null for a new temporary one."""
 
     threads: Count = 2
-    """Threads that decode and encode, as many that run the classifier (a batch on one of them, a lone image on all), and
-    as many that draw images; one for each core."""
+    """Threads that decode and encode, as many that run the classifier (a batch on one of them, a lone image on all), as
+    many that draw images; one for each core."""
     max_batch: Count = 16
     """Images of one run of the classifier at most."""
     max_waiting: Count = 128
