@@ -132,7 +132,7 @@ class Generation:
             raise ApiError("overloaded", "too many batches run or wait already; submit it again", retry_after_s)
 
     def oldest_s(self) -> float:
-        """How long the oldest archive has been under way or a batch has made no image, in seconds."""
+        """How long the oldest piece of an archive has been under way or a batch has made no image, in seconds."""
         pools = (self._threads.oldest_s(), self._writers.oldest_s())
         return max(*pools, *(batch.still_s() for batch in set(self._tasks)))
 
