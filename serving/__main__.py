@@ -51,7 +51,7 @@ def _serve(settings: Settings, work_dir: Path, private: Path) -> int:
 
     _control_from(private)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"raresynth at http://{host}:{settings.port}/ serves {settings.bundle}; Ctrl-C ends it", flush=True)
+    print(f"raresynth at http://{host}:{settings.port}/ once {settings.bundle} is checked; Ctrl-C ends it", flush=True)
     arguments = ["serve", "serving.service:Raresynth", "--host", settings.host, "--port", str(settings.port)]
     arguments += ["--working-dir", str(ROOT), "--timeout-graceful-shutdown", str(settings.drain_s)]
     arguments += ["--timeout-keep-alive", str(KEEP_ALIVE_S)]
