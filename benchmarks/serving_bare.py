@@ -17,6 +17,8 @@ from raresynth.bundle.sampler import Sampler
 from raresynth.dataset.images import Pixels, decode_image
 
 SETTLE_S = 1.0
+ROUND = 16
+"""Images drawn and encoded at a time, as in the service."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ def _generate(bundle: Path, label: str, n: int, seconds: float) -> float:
     def work() -> int:
         nonlocal seed
         seed += 1
-        for index, pixels in enumerate(sampler.generate(seed, 0, n, 1.0)):
-            sampler.png(pixels, seed, index, 1.0)
+        for first in range(0, n, ROUND):
+            sampler.pngs(sampler.generate(seed, first, min(ROUND, n - first), 1.0), seed, first, 1.0)
         return n
 
     return _rate(work, seconds)

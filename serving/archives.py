@@ -43,7 +43,7 @@ def pieces(n: int, threads: int) -> list[range]:
 def draw(sampler: Sampler, order: Order, piece: range) -> list[bytes]:
     """Some images of an order: a file each, or for npz the bytes of its pixels."""
     drawn = sampler.generate(order.seed, piece.start, len(piece), order.truncation)
-    return [_ENCODE[order.format](pixels, sampler, order, i) for i, pixels in zip(piece, drawn, strict=True)]
+    return _ENCODE[order.format](drawn, sampler, order, piece.start)
 
 
 def write_archive(
@@ -93,23 +93,30 @@ def _array(archive: zipfile.ZipFile, images: Iterable[bytes], shape: tuple[int, 
     return [{"first": 0, "n": shape[0], "path": "images.npz", "pixels_sha256": digest.hexdigest()}]
 
 
-def _png(pixels: Pixels, sampler: Sampler, order: Order, index: int) -> bytes:
-    return sampler.png(pixels, order.seed, index, order.truncation)
+def _pngs(images: Pixels, sampler: Sampler, order: Order, first: int) -> list[bytes]:
+    return sampler.pngs(images, order.seed, first, order.truncation)
 
 
-def _jpeg(pixels: Pixels, sampler: Sampler, order: Order, index: int) -> bytes:
+def _jpegs(images: Pixels, sampler: Sampler, order: Order, first: int) -> list[bytes]:
     origin = {"generator": sampler.generator.weights_sha256, "label": order.label, "seed": order.seed}
-    comment = json.dumps({"synthetic": True, **origin, "index": index, "truncation": order.truncation})
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, comment=comment.encode())
-    return buffer.getvalue()
+    files = []
+    for index, pixels in enumerate(images, first):
+        comment = json.dumps({"synthetic": True, **origin, "index": index, "truncation": order.truncation}).encode()
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, comment=comment)
+        files.append(buffer.getvalue())
+    return files
 
 
-def _raw(pixels: Pixels, *_: object) -> bytes:
-    return pixels.tobytes()
+def _raw(images: Pixels, *_: object) -> list[bytes]:
+    return [pixels.tobytes() for pixels in images]
 
 
-_ENCODE: dict[Format, Callable[[Pixels, Sampler, Order, int], bytes]] = {"png": _png, "jpeg": _jpeg, "npz": _raw}
+_ENCODE: dict[Format, Callable[[Pixels, Sampler, Order, int], list[bytes]]] = {
+    "png": _pngs,
+    "jpeg": _jpegs,
+    "npz": _raw,
+}
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

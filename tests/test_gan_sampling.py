@@ -14,7 +14,7 @@ from raresynth.config import GanConfig, SynthesisConfig
 from raresynth.dataset.manifest import SYNTHETIC_COLUMNS
 from raresynth.errors import CheckpointError
 from raresynth.gan.latents import CHUNK, aligned_chunks, latents
-from raresynth.gan.png import Provenance, encode_png, to_pixels
+from raresynth.gan.png import Provenance, encode_png, encode_pngs, to_pixels
 from raresynth.gan.presets import resolve
 from raresynth.gan.residual.game import ResidualGame
 from raresynth.gan.sampling import generate, load_generator
@@ -99,6 +99,19 @@ def test_png_is_lossless_names_its_origin_and_is_deterministic():
         "truncation": "1.0",
         "synthetic": "true",
     }
+
+
+def test_images_encoded_together_are_the_same_files_as_each_alone():
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 8, 3), dtype=np.uint8)
+    origins = [
+        Provenance("ab" * 32, label, 1, 1, truncation) for label, truncation in (("a", 1), ("é", 1.0), ("日", 0.5))
+    ]
+    files = encode_pngs(images, origins)
+    for png, pixels, origin in zip(files, images, origins, strict=True):
+        assert png == encode_png(pixels, origin)
+        with Image.open(BytesIO(png)) as image:
+            assert np.array_equal(np.asarray(image), pixels)
+            assert (image.text["label"], image.text["truncation"]) == (origin.label, str(origin.truncation))
 
 
 def test_synthesize_writes_images_beside_a_manifest_that_names_each(generator_dir, tmp_path):

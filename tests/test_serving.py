@@ -159,7 +159,7 @@ def test_equal_orders_give_equal_bytes(client: httpx.Client, accepted_bundle: Pa
         assert manifest["bundle"] == sha256_file(accepted_bundle / "bundle.json")
         assert manifest["generator"] == sampler.generator.weights_sha256
         png = archive.read(manifest["images"][17]["path"])
-    assert png == sampler.png(sampler.generate(5, 17, 1, 1.0)[0], 5, 17, 1.0)
+    assert png == sampler.pngs(sampler.generate(5, 17, 1, 1.0), 5, 17, 1.0)[0]
 
 
 def test_a_label_without_an_accepted_generator_is_a_404_with_the_reason(

@@ -12,7 +12,7 @@ from raresynth.bundle.graphs import open_graph
 from raresynth.dataset.images import Pixels
 from raresynth.errors import ParamsError
 from raresynth.gan.latents import latents
-from raresynth.gan.png import Provenance, encode_png, to_pixels
+from raresynth.gan.png import Provenance, encode_pngs, to_pixels
 from raresynth.lineage import new_dir, write_text
 from raresynth.progress import progress
 
@@ -49,9 +49,10 @@ class Sampler:
         inputs = {"latents": latents(seed, first, PASS, self.generator.latent_dim, truncation)}
         return to_pixels(self._session.run(None, inputs)[0])
 
-    def png(self, pixels: Pixels, seed: int, index: int, truncation: float) -> bytes:
-        """One image (R, R, 3) as PNG with its provenance."""
-        return encode_png(pixels, Provenance(self.generator.weights_sha256, self.label, seed, index, truncation))
+    def pngs(self, images: Pixels, seed: int, first: int, truncation: float) -> list[bytes]:
+        """Images first .. first + n - 1, (n, R, R, 3), as PNG with their provenance."""
+        weights, indices = self.generator.weights_sha256, range(first, first + len(images))
+        return encode_pngs(images, [Provenance(weights, self.label, seed, index, truncation) for index in indices])
 
 
 def generate_folder(bundle: Path, label: str, n: int, seed: int, truncation: float | None, out: Path) -> None:
@@ -78,12 +79,12 @@ def generate_folder(bundle: Path, label: str, n: int, seed: int, truncation: flo
     writer.writerow(columns)
     with new_dir(out) as folder, progress(f"generate {label}", n, "images") as advance:
         for first in range(0, n, PASS):
-            for offset, pixels in enumerate(sampler.generate(seed, first, min(PASS, n - first), spread)):
-                index = first + offset
-                png, name = sampler.png(pixels, seed, index, spread), f"{index:06d}.png"
+            images = sampler.generate(seed, first, min(PASS, n - first), spread)
+            for index, png in enumerate(sampler.pngs(images, seed, first, spread), first):
+                name = f"{index:06d}.png"
                 (folder / name).write_bytes(png)
                 identity = [f"synthetic-{label}-{seed}-{index:06d}", name, label, sampler.generator.weights_sha256]
-                size = [pixels.shape[1], pixels.shape[0]]
+                size = 2 * [sampler.generator.resolution]
                 writer.writerow([*identity, seed, index, spread, hashlib.sha256(png).hexdigest(), *size])
                 advance()
         write_text(folder / "manifest.csv", text.getvalue())
