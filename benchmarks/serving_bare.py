@@ -15,10 +15,9 @@ from raresynth.bundle.contents import open_bundle
 from raresynth.bundle.predictor import Predictor
 from raresynth.bundle.sampler import Sampler
 from raresynth.dataset.images import Pixels, decode_image
+from serving.archives import pieces
 
 SETTLE_S = 1.0
-ROUND = 16
-"""Images drawn and encoded at a time, as in the service."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,8 @@ def _generate(bundle: Path, label: str, n: int, seconds: float) -> float:
     def work() -> int:
         nonlocal seed
         seed += 1
-        for first in range(0, n, ROUND):
-            sampler.pngs(sampler.generate(seed, first, min(ROUND, n - first), 1.0), seed, first, 1.0)
+        for piece in pieces(n, threads=1):  # as the service draws them
+            sampler.pngs(sampler.generate(seed, piece.start, len(piece), 1.0), seed, piece.start, 1.0)
         return n
 
     return _rate(work, seconds)
